@@ -1,0 +1,185 @@
+"""Requests as the ledger sees them: when they were there, what is known of their progress, what they have accrued."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from concurrent.futures import Future
+from typing import Final
+
+from melodi_otel.attribution.books import Who
+from melodi_otel.attribution.meter import EngineId, Key, Outcome, Probe, Share, Tier
+
+ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
+"""Speed at which a prompt is assumed to be computed until its engine has shown one."""
+
+
+class Accrual:
+    """What one activity has accrued on one device over closed intervals; joules and ns."""
+
+    __slots__ = ("busy_ns", "company_ns", "decode", "intervals", "interval_ns", "prefill", "shared", "static", "tiers", "unsplit")
+
+    def __init__(self) -> None:
+        self.prefill = 0.0
+        self.decode = 0.0
+        self.unsplit = 0.0
+        self.static = 0.0
+        # Energy that was really divided with others, by tier: what the tier's own error applies to.
+        self.shared: dict[Tier, float] = {}
+        self.tiers: dict[Tier, float] = {}
+        self.busy_ns = 0
+        self.company_ns = 0
+        self.intervals = 0
+        self.interval_ns = 0
+
+    @property
+    def dynamic(self) -> float:
+        return self.prefill + self.decode + self.unsplit
+
+    @property
+    def joules(self) -> float:
+        return self.dynamic + self.static
+
+    def merge(self, other: Accrual) -> None:
+        """Take over what an anonymous activity accrued before its name was known."""
+        self.prefill += other.prefill
+        self.decode += other.decode
+        self.unsplit += other.unsplit
+        self.static += other.static
+        self.busy_ns += other.busy_ns
+        self.company_ns += other.company_ns
+        self.intervals += other.intervals
+        self.interval_ns += other.interval_ns
+        for mine, theirs in ((self.shared, other.shared), (self.tiers, other.tiers)):
+            for tier, joules in theirs.items():
+                mine[tier] = mine.get(tier, 0.0) + joules
+
+
+class Activity:
+    """One request: open, under way or waiting for its joules."""
+
+    __slots__ = (
+        "accruals",
+        "anonymous",
+        "assumed",
+        "cached_tokens",
+        "children",
+        "close_ns",
+        "counted",
+        "devices",
+        "end_ns",
+        "engine",
+        "first_token_ns",
+        "future",
+        "key",
+        "last_step_ns",
+        "model",
+        "nested",
+        "open_ns",
+        "outcome",
+        "output_tokens",
+        "own_lane",
+        "parent",
+        "prefill_charged",
+        "probe",
+        "progress_n",
+        "progress_t",
+        "prompt_tokens",
+        "rows",
+        "settled",
+        "step_devices",
+        "who",
+    )
+
+    def __init__(self, key: Key, open_ns: int, *, anonymous: bool = False) -> None:
+        self.key = key
+        self.open_ns = open_ns
+        self.anonymous = anonymous
+        self.engine: EngineId | None = None
+        self.devices: tuple[str, ...] = ()
+        self.step_devices: dict[str, None] = {}
+        self.assumed = False
+        self.model: str | None = None
+        self.who = Who()
+        self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self.first_token_ns: int | None = None
+        self.parent: Activity | None = None
+        self.nested: list[Activity] = []
+        self.own_lane = False
+        self.probe: Probe | None = None
+        self.children: list[str] = []
+        self.rows = 1
+        self.close_ns: int | None = None
+        self.end_ns: int | None = None
+        self.outcome: Outcome | None = None
+        self.last_step_ns: int | None = None
+        self.progress_t: list[int] = []
+        self.progress_n: list[int] = []
+        self.prefill_charged = 0.0
+        self.counted = False
+        self.accruals: dict[str, Accrual] = {}
+        self.future: Future[list[Share]] = Future()
+        self.settled = False
+
+    def on(self) -> tuple[str, ...]:
+        """The devices it is charged for: those of the steps that name it, else those it was opened with."""
+        return tuple(self.step_devices) if self.step_devices else self.devices
+
+    def told(self, t_ns: int, output_tokens: int) -> None:
+        """Progress: ``output_tokens`` at ``t_ns``; news that are older than what is known, or fewer, are left out."""
+        if self.progress_t and (t_ns <= self.progress_t[-1] or output_tokens < self.progress_n[-1]):
+            return
+        self.progress_t.append(t_ns)
+        self.progress_n.append(output_tokens)
+        self.output_tokens = output_tokens
+
+    def tokens_at(self, t_ns: int) -> float:
+        """Output tokens at ``t_ns``, joined by straight lines between what is known; never more than is known."""
+        times, counts = self.progress_t, self.progress_n
+        start = (self.first_token_ns, 1.0) if self.first_token_ns is not None else (self.open_ns, 0.0)
+        if t_ns <= start[0] or not times:
+            return 0.0 if t_ns < start[0] else start[1]
+        at = bisect_right(times, t_ns)
+        if at == len(times):
+            return float(max(counts[-1], start[1]))
+        t1, n1 = times[at], float(counts[at])
+        t0, n0 = (times[at - 1], float(counts[at - 1])) if at and times[at - 1] >= start[0] else start
+        if t1 <= t0:
+            return n1
+        return n0 + (max(n1, n0) - n0) * (t_ns - t0) / (t1 - t0)
+
+    @property
+    def computed_prompt(self) -> float:
+        """Prompt tokens to compute: prompt minus cached; 0 while unknown."""
+        return float(max(0, (self.prompt_tokens or 0) - (self.cached_tokens or 0)))
+
+    def prefill_in(self, t0_ns: int, t1_ns: int, tokens_per_s: float) -> float:
+        """Prompt tokens computed in [t0, t1]: evenly up to the first token where that is known, else at an assumed speed.
+
+        What an earlier guess left over is charged when the first token shows that the prompt is done, so the sum over a
+        request is exact.
+        """
+        left = self.computed_prompt - self.prefill_charged
+        if left <= 0.0:
+            return 0.0
+        done_ns = self.first_token_ns
+        if done_ns is None and self.progress_t and self.progress_n[-1] > 0:
+            done_ns = next(t for t, n in zip(self.progress_t, self.progress_n, strict=True) if n > 0)
+        if done_ns is not None and done_ns <= t1_ns:
+            return left
+        if done_ns is not None:
+            return left * (t1_ns - t0_ns) / max(1, done_ns - t0_ns)
+        return min(left, tokens_per_s * (t1_ns - t0_ns) / 1e9)
+
+    def segments(self, t0_ns: int, t1_ns: int) -> list[tuple[int, int]]:
+        """The parts of [t0, t1] in which it owns the device time: open, and none of its nested activities is."""
+        start, stop = max(t0_ns, self.open_ns), min(t1_ns, t1_ns if self.close_ns is None else self.close_ns)
+        parts: list[tuple[int, int]] = []
+        for child in sorted(self.nested, key=lambda activity: activity.open_ns):
+            child_stop = stop if child.close_ns is None else child.close_ns
+            if child.open_ns > start:
+                parts.append((start, min(child.open_ns, stop)))
+            start = max(start, child_stop)
+        parts.append((start, stop))
+        return [(a, b) for a, b in parts if b > a]

@@ -1,0 +1,59 @@
+"""When may an interval close? When everything that ran in it is known, or has been waited for long enough."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from melodi_otel.attribution.account import Account
+from melodi_otel.attribution.activity import Activity
+from melodi_otel.attribution.engines import EngineState
+from melodi_otel.timeline.timeline import Interval
+
+MIN_WAIT_S: Final = 1.0
+MAX_WAIT_S: Final = 5.0
+TOKENS_WAIT_S: Final = 0.15
+"""How long the newest token counts are waited for: they are read right after the sensor moved."""
+
+
+def wait_ns(account: Account) -> int:
+    """Bound of every wait for this device: ``2 x (window + period)``, between 1 and 5 s."""
+    device = account.device
+    seconds = 2.0 * ((device.window_s or 0.0) + max(device.period_s or 0.1, account.interval_s))
+    return round(1e9 * min(MAX_WAIT_S, max(MIN_WAIT_S, seconds)))
+
+
+def may_close(account: Account, interval: Interval, now_ns: int, engines: list[EngineState]) -> bool:
+    """Whether the evidence for ``interval`` is complete, or late enough to do without."""
+    if now_ns >= interval.t1_ns + wait_ns(account):
+        return True
+    cpu_ns = account.cpu.last_ns
+    if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):
+        return False
+    return not any(
+        running(engine, activity, interval.t1_ns, now_ns) for engine in engines for activity in engine.open.values()
+    )
+
+
+def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int) -> bool:
+    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet."""
+    if activity.open_ns >= t_ns:
+        return False
+    if activity.close_ns is not None:
+        # An abort is known before the step that computed its last token; any other end comes after its steps.
+        if activity.outcome not in ("abort", "error") or activity.own_lane:
+            return False
+        lane = engine.lane_of(activity)
+        return lane is not None and lane.t1_ns < min(t_ns, activity.close_ns)
+    if engine.evidence == "unknown":
+        return True
+    if engine.evidence == "none":
+        return False
+    if engine.evidence == "tokens":
+        told = activity.progress_t
+        return (not told or told[-1] < t_ns) and now_ns < t_ns + round(TOKENS_WAIT_S * 1e9)
+    if activity.last_step_ns is None:
+        if activity.own_lane or len(engine.lanes) > 1:
+            return True
+        return not any(lane.t1_ns >= t_ns for lane in engine.lanes.values())
+    lane = engine.lane_of(activity)
+    return lane is not None and lane.t1_ns < t_ns

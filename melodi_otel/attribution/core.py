@@ -1,0 +1,529 @@
+"""The state behind the ledger: what each message changes. Single-threaded by contract (the settle thread, or replay)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Final
+
+from melodi_otel.attribution.account import Account
+from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
+from melodi_otel.attribution.closing import may_close
+from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price
+from melodi_otel.attribution.evidence import Cumulative
+from melodi_otel.attribution.finishing import shares_of
+from melodi_otel.attribution.interval import IntervalCloser
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Outcome, Prefill, Probe, Share, Tier
+from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
+from melodi_otel.devices import Device
+from melodi_otel.timeline.timeline import Interval
+
+log = logging.getLogger("melodi_otel")
+
+ADOPT_NS: Final = 5_000_000_000
+"""An open or bind within this time adopts the steps of an id that was not known yet."""
+LATE: Final = "anonymous"
+"""Request id under which work after a close is kept: a settled share is never revised."""
+
+Facts = tuple[
+    float | None, float | None, float | None, int | None, int | None, int | None, int | None
+]
+
+
+def _model_only(model: str | None, _labels: Mapping[str, str]) -> Who:
+    return Who(model)
+
+
+class Core:
+    """See :class:`melodi_otel.attribution.ledger.Ledger` for the arguments and the meaning of the messages."""
+
+    def __init__(
+        self,
+        policy: StaticPolicy,
+        model: CostModel | None,
+        host_devices: tuple[str, ...],
+        patience_s: float | None,
+        best: Tier | None,
+        who: Callable[[str | None, Mapping[str, str]], Who] | None,
+        finished: Callable[[Key, list[Share]], None] | None,
+    ) -> None:
+        self.model: CostModel = model or Roofline()
+        self.host_devices = host_devices
+        self.patience_ns = None if patience_s is None else round(patience_s * 1e9)
+        self.accounts: dict[str, Account] = {}
+        self.engines: dict[EngineId, EngineState] = {}
+        self.activities: dict[Key, Activity] = {}
+        self.ids: dict[tuple[str, str], Activity] = {}
+        self.closed_ids: dict[tuple[str, str], int] = {}
+        self.closing: dict[Key, Activity] = {}
+        self._who = who or _model_only
+        self._finished = finished
+        self._closer = IntervalCloser(self, policy, best)
+        self._moved = False
+        self.changed = False
+
+    @property
+    def pending(self) -> int:
+        """Closed requests that wait for their joules."""
+        return len(self.closing)
+
+    # --- hardware ---------------------------------------------------------------------------------------------------
+
+    def device(self, device: Device) -> None:
+        if device.id not in self.accounts and device.type != "host":
+            self.accounts[device.id] = Account(device)
+
+    def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.timeline.counter(t_ns, joules, range_j)
+            account.begin()
+            self._moved = account.collect() or self._moved
+
+    def gauge(self, device: str, t_ns: int, watts: float) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.timeline.gauge(t_ns, watts)
+            account.begin()
+            self._moved = account.collect() or self._moved
+
+    def device_gone(self, device: str, t_ns: int) -> None:
+        account = self.accounts.get(device)
+        if account is not None:
+            account.timeline.lose(t_ns)
+            account.gone = True
+            self._moved = account.collect() or self._moved
+
+    def cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.cpu.series.setdefault(engine, Cumulative()).read(t_ns, busy_s, host_busy_s)
+
+    def foreign(self, device: str, t_ns: int, share: float) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.foreign.tell(t_ns, share)
+
+    def _account(self, device: str) -> Account | None:
+        account = self.accounts.get(device)
+        if account is None:
+            log.warning("melodi_otel: a reading of the unknown device %s was left out", device)
+        return account
+
+    # --- engines and requests ----------------------------------------------------------------------------------------
+
+    def engine(
+        self,
+        engine: EngineId,
+        t_ns: int,
+        state: str,
+        model: str | None,
+        devices: tuple[str, ...] | None,
+        world: int | None,
+        facts: Facts,
+        service: str | None,
+    ) -> None:
+        known = self._engine(engine)
+        known.model = model or known.model
+        known.service = service or known.service
+        known.world = world or known.world
+        if devices is not None:
+            known.devices = devices + tuple(d for d in self.host_devices if d not in devices)
+        if any(fact is not None for fact in facts):
+            known.facts = EngineFacts(*facts, flops_per_byte=self._balance(known.devices))
+            known.theta = None
+        if state == "loading" and (not known.loading_ns or known.loading_ns[-1][1] is not None):
+            known.loading_ns.append((t_ns, None))
+        elif state != "loading" and known.loading_ns and known.loading_ns[-1][1] is None:
+            known.loading_ns[-1] = (known.loading_ns[-1][0], t_ns)
+        known.gone = state == "gone"
+
+    def open(
+        self,
+        key: Key,
+        t_ns: int,
+        engine: EngineId | None,
+        devices: tuple[str, ...] | None,
+        model: str | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+        labels: Mapping[str, str] | None,
+        parent: Key | None,
+        thread: int | None,
+        probe: Probe | None,
+    ) -> None:
+        if key in self.activities and not self.activities[key].anonymous:
+            log.warning("melodi_otel: request %s was opened twice; the second time is left out", key.request)
+            return
+        activity = self._adopt(key, t_ns) or Activity(key, t_ns)
+        activity.anonymous = False
+        activity.model, activity.who = model, self._who(model, labels or {})
+        activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
+        activity.probe, activity.own_lane = probe, thread is not None
+        self.activities[key] = activity
+        self.changed = True
+        self.ids[(key.group, key.request)] = activity
+        self.closed_ids.pop((key.group, key.request), None)
+        if engine is not None:
+            state = self._engine(engine)
+            activity.engine = engine
+            state.open[id(activity)] = activity
+        activity.devices, activity.assumed = self._devices_for(engine, devices)
+        outer = self.activities.get(parent) if parent is not None else None
+        if outer is not None:
+            activity.parent = outer
+            outer.nested.append(activity)
+
+    def bind(self, key: Key, child_id: str) -> None:
+        activity = self.activities.get(key)
+        if activity is None:
+            return
+        at = (key.group, child_id)
+        stray = self.ids.get(at)
+        if stray is not None and stray.anonymous and stray is not activity:
+            self._merge(stray, activity)
+        activity.children.append(child_id)
+        activity.rows = max(1, len(activity.children))
+        self.ids[at] = activity
+        self.closed_ids.pop(at, None)
+
+    def progress(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int,
+        first_token_ns: int | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+    ) -> None:
+        activity = self.activities.get(key)
+        if activity is not None and activity.close_ns is None:
+            self._learn_counts(activity, first_token_ns, prompt_tokens, cached_tokens)
+            activity.told(t_ns, output_tokens)
+            activity.counted = True
+            self._seen(activity, "tokens")
+
+    def probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
+        activity = self.activities.get(key)
+        if activity is not None and activity.close_ns is None:
+            activity.told(t_ns, output_tokens)
+            activity.counted = True
+            # A request that computes on a thread of its own hands over its steps; until then its engine's kind is open.
+            if not activity.own_lane:
+                self._seen(activity, "tokens")
+
+    def step(
+        self,
+        engine: EngineId,
+        lane: int,
+        seq: int,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        decode: Decode,
+        prefill: Sequence[Prefill],
+        computed: Sequence[Prefill],
+        joined: Sequence[Joined],
+        left: Sequence[str],
+    ) -> None:
+        state = self._engine(engine)
+        run = state.lanes.setdefault(lane, Lane())
+        if run.seq is not None and seq != run.seq + 1:
+            # Deltas are lost: the set is resent by the client, and what ran in the gap is seen as slices.
+            state.gaps += 1
+            run.members.clear()
+        run.seq = seq
+        self._add_step(state, run, t0_ns, t1_ns, devices, run.advance(decode, prefill, computed, joined, left))
+
+    def work(
+        self, engine: EngineId, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, work: Sequence[Work]
+    ) -> None:
+        state = self._engine(engine)
+        run = next((lane for lane in state.lanes.values() if lane.t1_ns <= t0_ns), None)
+        if run is None:
+            run = state.lanes.setdefault(len(state.lanes), Lane())
+        self._add_step(state, run, t0_ns, t1_ns, devices, work)
+
+    def close(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int | None,
+        outcome: Outcome,
+        first_token_ns: int | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+        future: Future[list[Share]],
+    ) -> None:
+        activity = self.activities.get(key)
+        if activity is None or activity.close_ns is not None:
+            future.set_result([])
+            return
+        activity.future = future
+        self._learn_counts(activity, first_token_ns, prompt_tokens, cached_tokens)
+        if output_tokens is not None:
+            activity.told(t_ns, output_tokens)
+            activity.output_tokens = output_tokens
+        self._end(activity, t_ns, outcome)
+
+    # --- closing -----------------------------------------------------------------------------------------------------
+
+    def sensor_moved(self) -> bool:
+        """Whether intervals wait to be closed or requests for readings."""
+        return self._moved or any(account.waiting for account in self.accounts.values())
+
+    def read_probes(self) -> list[tuple[Key, int]]:
+        """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
+        told: list[tuple[Key, int]] = []
+        for activity in list(self.activities.values()):
+            if activity.probe is None or activity.close_ns is not None:
+                continue
+            try:
+                told.append((activity.key, activity.probe()))
+            except Exception:
+                log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
+                activity.probe = None
+        self._moved = False
+        return told
+
+    def advance(self, now_ns: int, *, force: bool = False) -> None:
+        """Close intervals and finish requests."""
+        self._retire_strays(now_ns, force)
+        for account in self.accounts.values():
+            engines = self._engines_on(account)
+            while account.waiting and (force or may_close(account, account.waiting[0], now_ns, engines)):
+                self._close_interval(account, account.waiting.popleft(), engines)
+        for activity in list(self.closing.values()):
+            if force or self._covered(activity, now_ns):
+                self._finish(activity, now_ns)
+
+    def flush(self, now_ns: int) -> None:
+        """End of all readings."""
+        for account in self.accounts.values():
+            account.timeline.flush()
+            account.collect()
+        self.advance(now_ns)
+        self.advance(now_ns, force=True)
+
+    def snapshot(self, now_ns: int) -> Snapshot:
+        """An immutable copy of the books."""
+        self.changed = False
+        in_flight: dict[str, float] = {}
+        active: dict[Who, int] = {}
+        for activity in self.activities.values():
+            for device, accrual in activity.accruals.items():
+                in_flight[device] = in_flight.get(device, 0.0) + accrual.joules
+            if activity.close_ns is None and not activity.anonymous:
+                active[activity.who] = active.get(activity.who, 0) + 1
+        attributed: dict[tuple[str, Who, Phase, str], float] = {}
+        unattributed: dict[tuple[str, Bucket, tuple[str, str] | None], float] = {}
+        for name, account in self.accounts.items():
+            for (who, phase, quality), joules in account.attributed.items():
+                attributed[(name, who, phase, quality)] = joules
+            for (bucket, holder), joules in account.buckets.items():
+                unattributed[(name, bucket, holder)] = joules
+        books = {name: account.books(in_flight.get(name, 0.0)) for name, account in self.accounts.items()}
+        return Snapshot(now_ns, books, attributed, unattributed, active)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _engine(self, engine: EngineId) -> EngineState:
+        state = self.engines.get(engine)
+        if state is None:
+            state = self.engines[engine] = EngineState(engine)
+        return state
+
+    def _balance(self, devices: tuple[str, ...] | None) -> float | None:
+        for name in devices or ():
+            account = self.accounts.get(name)
+            if account and account.device.peak_flops and account.device.bytes_per_s:
+                return account.device.peak_flops / account.device.bytes_per_s
+        return None
+
+    def _devices_for(self, engine: EngineId | None, devices: tuple[str, ...] | None) -> tuple[tuple[str, ...], bool]:
+        if devices is not None:
+            return devices + tuple(d for d in self.host_devices if d not in devices), False
+        if engine is not None:
+            known = self.engines[engine].devices
+            if known is not None:
+                return known, False
+        return tuple(self.accounts), True
+
+    def _engines_on(self, account: Account) -> list[EngineState]:
+        name = account.device.id
+        return [
+            engine
+            for engine in self.engines.values()
+            if engine.devices is None or name in engine.devices or any(name in a.on() for a in engine.open.values())
+        ]
+
+    def _seen(self, activity: Activity, evidence: str) -> None:
+        if activity.engine is None:
+            return
+        engine = self.engines[activity.engine]
+        if evidence == "steps":
+            engine.evidence = "steps"
+        elif engine.evidence in ("unknown", "none"):
+            engine.evidence = "tokens" if evidence == "tokens" else "none"
+
+    def _learn_counts(
+        self, activity: Activity, first_token_ns: int | None, prompt_tokens: int | None, cached_tokens: int | None
+    ) -> None:
+        if prompt_tokens is not None:
+            activity.prompt_tokens = prompt_tokens
+        if cached_tokens is not None:
+            activity.cached_tokens = cached_tokens
+        if first_token_ns is not None:
+            if activity.first_token_ns is None and activity.engine is not None:
+                seconds = (first_token_ns - activity.open_ns) / 1e9
+                self.engines[activity.engine].speed.observe(activity.computed_prompt, seconds)
+            activity.first_token_ns = first_token_ns
+
+    def _add_step(
+        self,
+        state: EngineState,
+        run: Lane,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        work: Sequence[Work],
+    ) -> None:
+        if t0_ns < run.t1_ns:
+            state.clipped += 1
+            t0_ns = run.t1_ns
+        t1_ns = max(t0_ns, t1_ns)
+        run.t1_ns = t1_ns
+        group = state.id.group
+        rows, participants = price(
+            state, state.priced(self.model), work, lambda name: self._participant(group, name, t0_ns)
+        )
+        named = devices if devices is not None else state.devices
+        if named is None:
+            named = rows[0].activity.devices if rows else ()
+        elif devices is not None:
+            named = devices + tuple(d for d in self.host_devices if d not in devices)
+        step = Step(state, t0_ns, t1_ns, named, rows, participants)
+        run.last = {row.activity for row in rows}
+        for row in rows:
+            activity = row.activity
+            if activity.engine is None:
+                activity.engine = state.id
+                if activity.close_ns is None:
+                    state.open[id(activity)] = activity
+            activity.last_step_ns = max(t1_ns, activity.last_step_ns or 0)
+            if activity.close_ns is not None:
+                activity.end_ns = max(activity.end_ns or 0, t1_ns)
+            for device in named:
+                activity.step_devices[device] = None
+        state.evidence = "steps"
+        for device in named:
+            account = self.accounts.get(device)
+            if account is not None and rows:
+                account.steps.append(step)
+
+    def _participant(self, group: str, name: str, t0_ns: int) -> Activity:
+        at = (group, name)
+        activity = self.ids.get(at)
+        if activity is not None and not activity.settled:
+            if activity.close_ns is None or t0_ns < activity.close_ns:
+                return activity
+            return self._stray(Key(group, LATE), t0_ns)
+        if at in self.closed_ids:
+            return self._stray(Key(group, LATE), t0_ns)
+        stray = self._stray(Key(group, name), t0_ns)
+        self.ids[at] = stray
+        return stray
+
+    def _stray(self, key: Key, t0_ns: int) -> Activity:
+        found = self.activities.get(key)
+        if found is not None and found.anonymous and found.close_ns is None:
+            return found
+        stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
+        return stray
+
+    def _adopt(self, key: Key, t_ns: int) -> Activity | None:
+        stray = self.activities.get(key)
+        if stray is None or not stray.anonymous:
+            return None
+        stray.open_ns = min(t_ns, stray.open_ns)
+        return stray
+
+    def _merge(self, stray: Activity, into: Activity) -> None:
+        for device, accrual in stray.accruals.items():
+            into.accruals.setdefault(device, Accrual()).merge(accrual)
+            into.step_devices[device] = None
+        for account in self.accounts.values():
+            for step in account.steps:
+                for row in step.rows:
+                    if row.activity is stray:
+                        row.activity = into
+        if into.engine is None:
+            into.engine = stray.engine
+        into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
+        self.activities.pop(stray.key, None)
+        if stray.engine is not None:
+            self.engines[stray.engine].open.pop(id(stray), None)
+
+    def _end(self, activity: Activity, t_ns: int, outcome: Outcome) -> None:
+        self.changed = True
+        activity.close_ns = max(t_ns, activity.open_ns)
+        activity.end_ns = max(activity.close_ns, activity.last_step_ns or 0)
+        activity.outcome = outcome
+        self._seen(activity, "none")
+        self.closing[activity.key] = activity
+        group = activity.key.group
+        for name in (activity.key.request, *activity.children):
+            self.closed_ids[(group, name)] = activity.close_ns
+        if len(self.closed_ids) > 100_000:
+            for at in list(self.closed_ids)[:50_000]:
+                del self.closed_ids[at]
+
+    def _retire_strays(self, now_ns: int, force: bool) -> None:
+        for activity in list(self.activities.values()):
+            if activity.anonymous and activity.close_ns is None and activity.last_step_ns is not None:
+                if force or now_ns > activity.last_step_ns + ADOPT_NS:
+                    self._end(activity, activity.last_step_ns, "stop")
+
+    def _close_interval(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
+        self.changed = True
+        self._closer.close(account, interval, engines)
+        account.closed_until = interval.t1_ns
+        account.interval_s += 0.1 * ((interval.t1_ns - interval.t0_ns) / 1e9 - account.interval_s)
+
+    def _covered(self, activity: Activity, now_ns: int) -> bool:
+        end = activity.end_ns or 0
+        if any(not child.settled for child in activity.nested):
+            return False
+        if self.patience_ns is not None and now_ns > end + self.patience_ns:
+            return True
+        for name in activity.on():
+            account = self.accounts.get(name)
+            if account is None or (account.gone and not account.waiting):
+                continue
+            if account.closed_until is None or account.closed_until < end:
+                return False
+        return True
+
+    def _finish(self, activity: Activity, now_ns: int) -> None:
+        self.closing.pop(activity.key, None)
+        self.activities.pop(activity.key, None)
+        group = activity.key.group
+        for name in (activity.key.request, *activity.children):
+            if self.ids.get((group, name)) is activity:
+                del self.ids[(group, name)]
+        if activity.engine is not None:
+            self.engines[activity.engine].forget(activity)
+        shares = shares_of(activity, self.accounts, now_ns, self.engines.get(activity.engine) if activity.engine else None)
+        for share in shares:
+            if share.joules is not None:
+                self.accounts[share.device].settled += share.joules
+        activity.settled = True
+        if self._finished is not None:
+            self._finished(activity.key, shares)
+        try:
+            activity.future.set_result(shares)
+        except Exception:
+            log.warning("melodi_otel: a listener to finished requests failed", exc_info=True)

@@ -1,0 +1,146 @@
+"""From what a request has accrued to its shares: method, quality, coverage, uncertainty, and why they are what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from melodi_otel.attribution.account import Account
+from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.engines import EngineState
+from melodi_otel.attribution.meter import Quality, Reason, Share, Tier
+from melodi_otel.attribution.slices import tier_of
+from melodi_otel.attribution.summary import TIERS
+from melodi_otel.attribution.uncertainty import share_sigma
+
+FULL_COVERAGE: Final = 0.99
+WIDE: Final = 0.25
+"""A share whose 1 sigma is above this part of it is called interpolated at best."""
+_EXACT: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process")
+
+
+def shares_of(
+    activity: Activity, accounts: Mapping[str, Account], now_ns: int, engine: EngineState | None
+) -> list[Share]:
+    """One share per device of ``activity``."""
+    mine = [accounts[name] for name in activity.on() if name in accounts]
+    world = engine.world if engine else None
+    gpus = sum(account.device.type == "gpu" for account in mine)
+    # A group larger than what is seen here (several nodes): the GPUs that are seen are part of what the request used.
+    seen = min(1.0, gpus / world) if world and gpus else 1.0
+    return [_share(activity, account, now_ns, seen if account.device.type == "gpu" else 1.0) for account in mine]
+
+
+def rollup(activity: Activity, device: str) -> float:
+    """J of a request and of all that are nested in it."""
+    own = activity.accruals.get(device)
+    return (own.joules if own else 0.0) + sum(rollup(child, device) for child in activity.nested)
+
+
+def _share(activity: Activity, account: Account, now_ns: int, seen: float) -> Share:
+    end = activity.close_ns or activity.open_ns
+    coverage = min(1.0, account.coverage(activity.open_ns, end))
+    accrual = activity.accruals.get(account.device.id)
+    if accrual is None:
+        if coverage <= 0.0:
+            return _unknown(activity, account, end, now_ns)
+        accrual = Accrual()
+    static = accrual.static
+    split = accrual.unsplit == 0.0 and (accrual.prefill > 0.0 or accrual.decode > 0.0)
+    dynamic = accrual.prefill + accrual.decode if split else accrual.dynamic
+    joules = dynamic + static
+    duration = (accrual.busy_ns or max(1, end - activity.open_ns)) / 1e9
+    interval_s = accrual.interval_ns / accrual.intervals / 1e9 if accrual.intervals else account.interval_s
+    sigma = share_sigma(
+        joules=joules,
+        static=static,
+        shared=accrual.shared,
+        duration_s=duration,
+        interval_s=interval_s,
+        idle_watts=account.baseline.watts,
+        source=account.device.relative_uncertainty,
+    )
+    method = _method(activity, accrual)
+    coverage *= seen
+    reason = _reason(activity, account, coverage, end, seen < 1.0)
+    return Share(
+        key=activity.key,
+        device=account.device.id,
+        t0_ns=activity.open_ns,
+        t1_ns=end,
+        joules=joules,
+        dynamic=dynamic,
+        static=static,
+        prefill=accrual.prefill if split else None,
+        decode=accrual.decode if split else None,
+        uncertainty=sigma,
+        method=method,
+        quality=_quality(account, method, sigma, joules, coverage, (end - activity.open_ns) / 1e9, reason),
+        coverage=coverage,
+        concurrency=max(1.0, accrual.company_ns / accrual.busy_ns) if accrual.busy_ns else 1.0,
+        final_ns=now_ns,
+        reason=reason,
+        exclusive=None if not (account.foreign or account.cpu.series) else account.bucket("foreign") == 0.0,
+        rollup=rollup(activity, account.device.id) if activity.nested else joules,
+    )
+
+
+def _unknown(activity: Activity, account: Account, end: int, now_ns: int) -> Share:
+    reason: Reason = "device_lost" if account.gone else "no_samples"
+    method = "process" if account.cpu.series else tier_of(activity)
+    return Share(
+        activity.key,
+        account.device.id,
+        activity.open_ns,
+        end,
+        *([None] * 6),
+        method=method,
+        quality="unavailable",
+        coverage=0.0,
+        concurrency=1.0,
+        final_ns=now_ns,
+        reason=reason,
+    )
+
+
+def _method(activity: Activity, accrual: Accrual) -> Tier:
+    total = sum(abs(joules) for joules in accrual.tiers.values())
+    enough = [tier for tier, joules in accrual.tiers.items() if abs(joules) >= 0.05 * total]
+    if enough:
+        return TIERS[max(TIERS.index(tier) for tier in enough)]
+    return "step" if activity.last_step_ns is not None else tier_of(activity)
+
+
+def _reason(activity: Activity, account: Account, coverage: float, end: int, elsewhere: bool) -> Reason | None:
+    if coverage < FULL_COVERAGE:
+        if elsewhere:
+            return "devices_elsewhere"
+        if account.gone:
+            return "device_lost"
+        if account.had_reset(activity.open_ns, end):
+            return "counter_reset"
+        return "no_samples"
+    return "devices_assumed" if activity.assumed else None
+
+
+def _quality(
+    account: Account,
+    method: Tier,
+    sigma: float,
+    joules: float,
+    coverage: float,
+    duration_s: float,
+    reason: Reason | None,
+) -> Quality:
+    if coverage < FULL_COVERAGE:
+        return "partial"
+    if account.device.estimated:
+        return "estimated"
+    if (
+        method not in _EXACT
+        or sigma > WIDE * joules
+        or duration_s < (account.device.period_s or account.interval_s)
+        or reason == "devices_assumed"
+    ):
+        return "interpolated"
+    return "measured"

@@ -1,0 +1,178 @@
+"""Closing one interval of one device: gather its cells, divide its joules, book every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from melodi_otel.attribution.account import TAIL_NS, Account, Holder
+from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.books import Phase
+from melodi_otel.attribution.engines import EngineState
+from melodi_otel.attribution.meter import EngineId, Tier
+from melodi_otel.attribution.policy import StaticPolicy, shared_static
+from melodi_otel.attribution.settle import Cell, Given, Pool, Row, divide
+from melodi_otel.attribution.slices import slice_cells
+from melodi_otel.attribution.weights import EngineFacts
+from melodi_otel.timeline.timeline import Interval
+
+if TYPE_CHECKING:
+    from melodi_otel.attribution.core import Core
+
+ASSUMING: tuple[Tier, ...] = ("phase", "window", "equal")
+"""Tiers whose figures are interpolated rather than measured."""
+
+
+class IntervalCloser:
+    """Closes intervals for a :class:`melodi_otel.attribution.core.Core`."""
+
+    def __init__(self, core: Core, policy: StaticPolicy, best: Tier | None) -> None:
+        self._core = core
+        self._policy: StaticPolicy = policy
+        self._best: Tier | None = best
+
+    def close(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
+        """Divide ``interval`` of the device; afterwards every measured joule of it is booked."""
+        if interval.joules is None:
+            account.lost_interval(interval)
+            return
+        t0, t1, joules = interval.t0_ns, interval.t1_ns, interval.joules
+        account.measured += joules
+        cells = self._cells(account, interval, engines)
+        idle_w = account.baseline.watts or 0.0
+        static = min(idle_w * (t1 - t0) / 1e9, joules)
+        foreign, pools = self._pools(account, interval, cells, joules - static)
+        process = bool(account.cpu.series) and account.device.type != "gpu"
+        for cell in cells:
+            if process:
+                cell.tier = "process"
+            elif foreign > 0.0:
+                cell.alone = False
+        shared = shared_static(self._policy, static)
+        division = divide(t0, t1, shared, pools)
+        idle_static = division.idle_static + (static - shared)
+        loading = max((engine.loading_part(t0, t1) for engine in engines), default=0.0)
+        holder = self._holder(engines)
+        account.book("foreign", foreign, None)
+        account.book("loading", loading * (idle_static + division.unclaimed), holder)
+        account.book("idle", (1.0 - loading) * idle_static, holder)
+        recent = account.last_work_ns is not None and 0 <= t0 - account.last_work_ns < TAIL_NS
+        account.book("tail" if recent else "idle", (1.0 - loading) * division.unclaimed, holder)
+        for given in division.given:
+            self._accrue(account, given, t1 - t0)
+        if cells:
+            account.worked(cell.t1_ns for cell in cells)
+        else:
+            account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
+        account.forget_before(min((a.open_ns for a in self._core.activities.values()), default=t0))
+
+    def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
+        t0, t1 = interval.t0_ns, interval.t1_ns
+        cells: list[Cell] = []
+        stepped: set[int] = set()
+        for step in account.steps_in(interval):
+            part = step.part(t0, t1)
+            if part <= 0.0:
+                continue
+            rows = [Row(r.activity, r.participants, r.prefill * part, r.decode * part) for r in step.rows]
+            cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows))
+            stepped.update(id(row.activity) for row in rows)
+        groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
+        for activity in self._core.activities.values():
+            segments = self._slice_of(account, activity, t0, t1, id(activity) in stepped)
+            if segments:
+                groups.setdefault(activity.engine, []).append((activity, segments))
+        for engine_id, members in groups.items():
+            engine = self._core.engines[engine_id] if engine_id is not None else None
+            theta = engine.priced(self._core.model) if engine else self._core.model.theta(EngineFacts())
+            speed = engine.speed.tokens_per_s if engine else 5000.0
+            cells += slice_cells(members, theta, speed, self._best)
+        return cells
+
+    def _slice_of(
+        self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool
+    ) -> list[tuple[int, int]]:
+        """The parts of [t0, t1] in which a request without steps there has to be seen as a slice."""
+        if activity.anonymous or activity.open_ns >= t1 or (activity.close_ns is not None and activity.close_ns <= t0):
+            return []
+        if account.device.id not in activity.on():
+            return []
+        engine = self._core.engines[activity.engine] if activity.engine is not None else None
+        if engine is None or engine.evidence != "steps":
+            return activity.segments(t0, t1)
+        if activity.own_lane and activity.last_step_ns is None:
+            return activity.segments(t0, t1)
+        # The engine reports steps. A request without one here was not scheduled, unless its step is still running: the
+        # interval was then waited for in vain, and what lies behind the lane's newest step is seen as a slice.
+        if activity.close_ns is not None:
+            return []
+        lane = engine.lane_of(activity)
+        if lane is not None and lane.t1_ns < t1:
+            return activity.segments(max(t0, lane.t1_ns), t1)
+        if lane is None and activity.last_step_ns is None and not stepped:
+            newest = max((other.t1_ns for other in engine.lanes.values()), default=0)
+            if newest < t1:
+                return activity.segments(max(t0, newest), t1)
+        return []
+
+    def _pools(
+        self, account: Account, interval: Interval, cells: list[Cell], dynamic: float
+    ) -> tuple[float, list[Pool]]:
+        """(joules of other processes, the pools of the rest)."""
+        t0, t1 = interval.t0_ns, interval.t1_ns
+        shares = account.cpu.shares(t0, t1) if account.cpu.series else None
+        if shares is None:
+            foreign = dynamic * account.foreign.share(t0, t1) if account.foreign else 0.0
+            return foreign, [Pool(dynamic - foreign, cells)]
+        pools: list[Pool] = []
+        used = 0.0
+        for engine, share in shares.items():
+            mine = [cell for cell in cells if self._pool_of(cell, account) == engine]
+            pools.append(Pool(dynamic * share, mine))
+            used += dynamic * share
+        if None not in shares:
+            left = [cell for cell in cells if self._pool_of(cell, account) is None]
+            if left:
+                # Work of a tree whose CPU time nobody reads: it is somewhere in the rest, which is then not foreign.
+                pools.append(Pool(dynamic - used, left))
+                used = dynamic
+        return dynamic - used, pools
+
+    def _pool_of(self, cell: Cell, account: Account) -> EngineId | None:
+        engine = cell.rows[0].activity.engine
+        return engine if engine in account.cpu.series else None
+
+    def _accrue(self, account: Account, given: Given, length_ns: int) -> None:
+        activity = given.activity
+        accrual = activity.accruals.get(account.device.id)
+        if accrual is None:
+            accrual = activity.accruals[account.device.id] = Accrual()
+        accrual.prefill += given.prefill
+        accrual.decode += given.decode
+        accrual.unsplit += given.unsplit
+        accrual.static += given.static
+        accrual.busy_ns += given.busy_ns
+        accrual.company_ns += round(given.company_ns)
+        accrual.intervals += 1
+        accrual.interval_ns += length_ns
+        tier = given.tier
+        dynamic = given.prefill + given.decode + given.unsplit
+        accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + dynamic + given.static
+        accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
+        quality = "estimated" if account.device.estimated else "interpolated" if tier in ASSUMING else "measured"
+        parts: Iterable[tuple[Phase, float]] = (
+            ("prefill", given.prefill),
+            ("decode", given.decode),
+            ("unsplit", given.unsplit),
+            ("static", given.static),
+        )
+        for phase, joules in parts:
+            if joules != 0.0:
+                at = (activity.who, phase, quality)
+                account.attributed[at] = account.attributed.get(at, 0.0) + joules
+
+    def _holder(self, engines: list[EngineState]) -> Holder | None:
+        held = [engine for engine in engines if not engine.gone and engine.model]
+        if len(held) != 1:
+            return None
+        return held[0].service or "", held[0].model or ""

@@ -1,0 +1,248 @@
+"""The ledger: the meter of one process (and of a hub), and the keeper of the books.
+
+Requests, steps and readings are put into an inbox by whoever knows them (an append, no lock, no I/O); the settle thread
+drains it, closes the intervals whose evidence is complete and finishes the requests whose end is covered. So nothing in a
+request's path ever waits for the meter, and the same code replays a trace: put the lines in, call :meth:`Ledger.settle`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
+
+from melodi_otel.attribution.books import Snapshot, Who
+from melodi_otel.attribution.core import Core
+from melodi_otel.attribution.engines import Work
+from melodi_otel.attribution.meter import Decode, EngineId, EngineState, Joined, Key, Outcome, Prefill, Probe, Share, Tier
+from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.weights import CostModel
+from melodi_otel.devices import Device
+
+log = logging.getLogger("melodi_otel")
+
+_EMPTY: Final = Snapshot(0, {}, {}, {}, {})
+
+
+class Ledger:
+    """In-process implementation of :class:`melodi_otel.attribution.meter.Meter`.
+
+    Args:
+        policy: who pays idle power while requests run.
+        model: where weights come from; None: :class:`melodi_otel.attribution.weights.Roofline`.
+        host_devices: ids of CPU packages and memory, which every request uses beside its accelerators. Empty in replay.
+        patience_s: how long a closed request waits for readings before it is settled with what is covered; None: until
+            :meth:`flush`.
+        best: use no better evidence than this tier (to compare tiers on one trace); None: the best there is.
+        who: makes the metric identity of a request from its model and labels.
+        finished: called with (key, shares) for every settled activity, anonymous ones included, on the settling thread.
+        tap: sees every message (its name and arguments) before it takes effect, on the settling thread; the recorder.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: StaticPolicy = "busy_shared",
+        model: CostModel | None = None,
+        host_devices: Sequence[str] = (),
+        patience_s: float | None = 30.0,
+        best: Tier | None = None,
+        who: Callable[[str | None, Mapping[str, str]], Who] | None = None,
+        finished: Callable[[Key, list[Share]], None] | None = None,
+        tap: Callable[[str, tuple[Any, ...]], None] | None = None,
+    ) -> None:
+        self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._lock = threading.Lock()
+        self._core = Core(policy, model, tuple(host_devices), patience_s, best, who, finished)
+        self._tap = tap
+        self._snapshot = _EMPTY
+        self.refused = 0
+
+    # --- what the hardware says (called by the sampler's sink, or by replay) ---------------------------------------
+
+    def device(self, device: Device) -> None:
+        """Make a device known; its books start with its first reading."""
+        self._inbox.append((self._core.device, (device,)))
+
+    def counter(self, device: str, t_ns: int, joules: float, range_j: float | None = None) -> None:
+        """A cumulative reading in J."""
+        self._inbox.append((self._core.counter, (device, t_ns, joules, range_j)))
+
+    def gauge(self, device: str, t_ns: int, watts: float) -> None:
+        """A power reading in W."""
+        self._inbox.append((self._core.gauge, (device, t_ns, watts)))
+
+    def gone(self, device: str, t_ns: int) -> None:
+        """A device is lost: nobody waits for it any more."""
+        self._inbox.append((self._core.device_gone, (device, t_ns)))
+
+    def cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
+        """Cumulative CPU seconds of an engine's process tree (None: of this process's tree) and of the host."""
+        self._inbox.append((self._core.cpu, (device, engine, t_ns, busy_s, host_busy_s)))
+
+    def foreign(self, device: str, t_ns: int, share: float) -> None:
+        """From ``t_ns`` on other processes use ``share`` (0..1) of the device's dynamic energy."""
+        self._inbox.append((self._core.foreign, (device, t_ns, share)))
+
+    # --- the meter interface ---------------------------------------------------------------------------------------
+
+    def engine(
+        self,
+        engine: EngineId,
+        t_ns: int,
+        state: EngineState = "ready",
+        *,
+        model: str | None = None,
+        devices: Sequence[str] | None = None,
+        world: int | None = None,
+        pids: Sequence[int] = (),
+        parameters: float | None = None,
+        active_parameters: float | None = None,
+        kv_bytes_per_token: float | None = None,
+        layers: int | None = None,
+        hidden: int | None = None,
+        experts: int | None = None,
+        experts_per_token: int | None = None,
+        service: str | None = None,
+    ) -> None:
+        """See :meth:`melodi_otel.attribution.meter.Meter.engine`; ``service`` names the holder in idle joules."""
+        facts = (parameters, active_parameters, kv_bytes_per_token, layers, hidden, experts, experts_per_token)
+        named = None if devices is None else tuple(devices)
+        self._inbox.append((self._core.engine, (engine, t_ns, state, model, named, world, facts, service)))
+
+    def open(
+        self,
+        key: Key,
+        t_ns: int,
+        *,
+        engine: EngineId | None = None,
+        devices: Sequence[str] | None = None,
+        model: str | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        parent: Key | None = None,
+        thread: int | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
+        named = None if devices is None else tuple(devices)
+        arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe)
+        self._inbox.append((self._core.open, arguments))
+
+    def bind(self, key: Key, child_id: str) -> None:
+        """See :meth:`melodi_otel.attribution.meter.Meter.bind`."""
+        self._inbox.append((self._core.bind, (key, child_id)))
+
+    def progress(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int,
+        *,
+        first_token_ns: int | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+    ) -> None:
+        """See :meth:`melodi_otel.attribution.meter.Meter.progress`."""
+        self._inbox.append(
+            (self._core.progress, (key, t_ns, output_tokens, first_token_ns, prompt_tokens, cached_tokens))
+        )
+
+    def step(
+        self,
+        engine: EngineId,
+        lane: int,
+        seq: int,
+        t0_ns: int,
+        t1_ns: int,
+        devices: Sequence[str] | None = None,
+        *,
+        decode: Decode = Decode(0, 0),
+        prefill: Sequence[Prefill] = (),
+        computed: Sequence[Prefill] = (),
+        joined: Sequence[Joined] = (),
+        left: Sequence[str] = (),
+    ) -> None:
+        """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
+        named = None if devices is None else tuple(devices)
+        arguments = (engine, lane, seq, t0_ns, t1_ns, named, decode, prefill, computed, joined, left)
+        self._inbox.append((self._core.step, arguments))
+
+    def work(
+        self,
+        engine: EngineId,
+        t0_ns: int,
+        t1_ns: int,
+        devices: Sequence[str] | None,
+        work: Iterable[Work],
+    ) -> None:
+        """A step with its full work instead of a delta (the trace format's form); lanes are found by overlap."""
+        named = None if devices is None else tuple(devices)
+        self._inbox.append((self._core.work, (engine, t0_ns, t1_ns, named, list(work))))
+
+    def close(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int | None,
+        outcome: Outcome,
+        *,
+        first_token_ns: int | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+    ) -> Future[list[Share]]:
+        """See :meth:`melodi_otel.attribution.meter.Meter.close`."""
+        future: Future[list[Share]] = Future()
+        arguments = (key, t_ns, output_tokens, outcome, first_token_ns, prompt_tokens, cached_tokens, future)
+        self._inbox.append((self._core.close, arguments))
+        return future
+
+    # --- closing ---------------------------------------------------------------------------------------------------
+
+    def settle(self, now_ns: int) -> None:
+        """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot."""
+        with self._lock:
+            self._drain()
+            if self._core.sensor_moved():
+                self._read_probes(now_ns)
+            self._core.advance(now_ns)
+            if self._core.changed:
+                self._snapshot = self._core.snapshot(now_ns)
+
+    def flush(self, now_ns: int) -> None:
+        """The end: decide what was held back, close every covered interval, settle every closed request."""
+        with self._lock:
+            self._drain()
+            self._read_probes(now_ns)
+            self._core.flush(now_ns)
+            self._snapshot = self._core.snapshot(now_ns)
+
+    def snapshot(self) -> Snapshot:
+        """The books as of the last settling; immutable, free to read from any thread."""
+        return self._snapshot
+
+    def waiting(self) -> int:
+        """Requests that are closed and not settled yet."""
+        return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._core.close)
+
+    def _read_probes(self, now_ns: int) -> None:
+        for key, tokens in self._core.read_probes():
+            self._inbox.append((self._core.probed, (key, now_ns, tokens)))
+        self._drain()
+
+    def _drain(self) -> None:
+        inbox = self._inbox
+        while inbox:
+            call, arguments = inbox.popleft()
+            try:
+                if self._tap is not None:
+                    self._tap(call.__name__, arguments)
+                call(*arguments)
+            except Exception:
+                # One bad message must not stop the books of everybody else.
+                self.refused += 1
+                log.warning("melodi_otel: a message to the ledger was refused", exc_info=True)

@@ -1,0 +1,68 @@
+"""How sure a share is: 1 sigma in joules from its parts.
+
+structure: energy really divided with others, times the error of the tier's weights (``facts``: simulated errors of
+unfitted weights; see docs/accuracy.md) · idle: the idle power's own error on what was shared · borders: a start or an end
+falls inside a sensor interval, of which only the sum is known · source: an estimate's own spread. The sensor's gain error is
+a systematic of the device and stated apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from melodi_otel.attribution.meter import Tier
+
+STRUCTURE: Final[Mapping[Tier, float]] = {
+    "exclusive": 0.05,
+    "step": 0.10,
+    "slice": 0.11,
+    "phase": 0.20,
+    "window": 0.30,
+    "equal": 0.40,
+    "process": 0.10,
+}
+"""Relative 1 sigma of shared energy by tier, with weights that are not fitted."""
+_IDLE: Final = 0.03
+_TAIL: Final = 0.25
+_JITTER_S: Final = 0.004
+
+
+def share_sigma(
+    *,
+    joules: float,
+    static: float,
+    shared: Mapping[Tier, float],
+    duration_s: float,
+    interval_s: float,
+    idle_watts: float | None,
+    source: float,
+) -> float:
+    """1 sigma of a share in J.
+
+    Args:
+        joules, static: the share and its idle part.
+        shared: dynamic joules divided with others, by tier.
+        duration_s: time on the device.
+        interval_s: mean length of the sensor intervals it lived in.
+        idle_watts: the device's idle power, None where unknown.
+        source: relative 1 sigma of the source itself (estimates).
+    """
+    if joules <= 0.0:
+        return 0.0
+    together = math.fsum(shared.values())
+    mixed = min(1.0, together / joules)
+    structure = math.fsum(STRUCTURE[tier] * part for tier, part in shared.items())
+    idle = _IDLE * static * mixed
+    watts = joules / duration_s if duration_s > 0.0 else 0.0
+    step = watts * interval_s / math.sqrt(90.0)
+    jitter = watts * _JITTER_S
+    if idle_watts is None:
+        border = math.sqrt(2.0 * step**2 + 2.0 * jitter**2)
+    else:
+        tail = _TAIL * idle_watts * interval_s * (1.0 - mixed)
+        border = math.sqrt(2.0 * (step * mixed) ** 2 + 2.0 * (jitter * mixed) ** 2 + tail**2)
+    # A request cannot be wrong by more at its borders than what two border intervals hold.
+    border = min(border, 2.0 * watts * interval_s, joules)
+    return math.sqrt(structure**2 + idle**2 + border**2 + (source * joules) ** 2)

@@ -1,0 +1,1 @@
+"""The command line ``melodi-otel``: one small file per sub-command."""

@@ -1,0 +1,225 @@
+"""Configuration: ``MELODI_*`` variables and :class:`Config`, same names.
+
+One table (:data:`VARIABLES`) holds every variable with its parser and one sentence for people; ``Config.from_env`` reads
+it, ``doctor`` and the docs print it. An unknown ``MELODI_*`` name is a warning with the nearest known name, a bad value
+is a :class:`~melodi_otel.errors.ConfigError` that names variable, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, cast
+
+from melodi_otel.errors import ConfigError
+
+log = logging.getLogger("melodi_otel")
+
+StaticPolicy = Literal["busy_shared", "dynamic"]
+BUILT_IN_SOURCES: Final = ("rapl", "nvml", "estimate")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What melodi_otel may be told. Every field is the lower-case name of its ``MELODI_*`` variable."""
+
+    disabled: bool = False
+    sources: tuple[str, ...] = ()
+    hub: str = "auto"
+    metrics_addr: str | None = None
+    sysfs_root: str = "/sys"
+    procfs_root: str = "/proc"
+    nvml_library: str | None = None
+    estimate_watts: tuple[float, float] | None = None
+    idle_watts: tuple[tuple[str, float], ...] = ()
+    host_id: str | None = None
+    engine_devices: tuple[str, ...] = ()
+    static_policy: StaticPolicy = "busy_shared"
+    span_wait: float | None = None
+    span_limit: int = 10_000
+    sample_hz: float = 10.0
+    labels: str = ""
+    metric_labels: tuple[str, ...] = ()
+    label_limit: int = 100
+    label_hash: bool = False
+    capture_content: bool = False
+    console: bool = False
+    record: str | None = None
+    carbon_intensity: float | None = None
+    pue: float | None = None
+    energy_price: float | None = None
+    energy_budget: float | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Read ``MELODI_*`` from ``environ``.
+
+        Raises:
+            ConfigError: a value cannot be used; the message names variable, value and what is allowed.
+        """
+        values: dict[str, Any] = {}
+        for name, raw in environ.items():
+            if not name.startswith("MELODI_"):
+                continue
+            variable = VARIABLES.get(name)
+            if variable is None:
+                if name not in INTERNAL:
+                    near = difflib.get_close_matches(name, VARIABLES, n=1)
+                    log.warning("unknown variable %s is ignored%s", name, f"; did you mean {near[0]}?" if near else "")
+                continue
+            if raw.strip() == "":
+                continue
+            try:
+                values[variable.field] = variable.parse(raw.strip())
+            except ValueError as error:
+                why = f" ({error})" if str(error) else ""
+                raise ConfigError(f"{name}={raw!r} cannot be used{why}: allowed is {variable.allowed}") from None
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One ``MELODI_*`` variable: its field, parser, allowed values in words, and meaning."""
+
+    field: str
+    parse: Callable[[str], Any]
+    allowed: str
+    help: str
+
+
+def _flag(raw: str) -> bool:
+    if raw.lower() in ("1", "true", "yes", "on"):
+        return True
+    if raw.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    def parse(raw: str) -> float:
+        value = float(raw)
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ValueError("out of range")
+        return value
+
+    return parse
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        value = int(raw)
+        if value < low:
+            raise ValueError("out of range")
+        return value
+
+    return parse
+
+
+def _words(raw: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in raw.split(",") if word.strip())
+
+
+def _policy(raw: str) -> StaticPolicy:
+    if raw not in ("busy_shared", "dynamic"):
+        raise ValueError
+    return cast(StaticPolicy, raw)
+
+
+def _address(raw: str) -> str:
+    if raw.lower() == "off":
+        return "off"
+    host, colon, port = raw.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError
+    return raw
+
+
+def _watts(raw: str) -> tuple[float, float]:
+    low, colon, high = raw.partition(":")
+    if not colon:
+        raise ValueError
+    idle, most = float(low), float(high)
+    if not (math.isfinite(most) and 0 <= idle <= most and most > 0):
+        raise ValueError("idle must be >= 0 and not above max")
+    return idle, most
+
+
+def _idle(raw: str) -> tuple[tuple[str, float], ...]:
+    pairs: list[tuple[str, float]] = []
+    for word in _words(raw):
+        device, equals, watts = word.rpartition("=")
+        if not equals or not device:
+            raise ValueError
+        pairs.append((device, _number(0)(watts)))
+    return tuple(pairs)
+
+
+def _hub(raw: str) -> str:
+    if raw in ("auto", "local", "shared") or raw.startswith("/"):
+        return raw
+    raise ValueError
+
+
+def _source_names(raw: str) -> tuple[str, ...]:
+    names = _words(raw)
+    if not names:
+        raise ValueError
+    return names
+
+
+_FLAG: Final = "1 or 0"
+_SOURCES: Final = "a comma-separated list of source names: " + ", ".join(BUILT_IN_SOURCES) + " or an installed plug-in's"
+
+VARIABLES: Final[dict[str, Variable]] = {
+    "MELODI_DISABLED": Variable("disabled", _flag, _FLAG, "1 turns every seam off."),
+    "MELODI_SOURCES": Variable(
+        "sources", _source_names, _SOURCES, "Meters to use; default: all that measure. `estimate` must be asked for by name."
+    ),
+    "MELODI_HUB": Variable("hub", _hub, "auto, local, shared or an absolute socket path", "Where the meter lives."),
+    "MELODI_METRICS_ADDR": Variable(
+        "metrics_addr", _address, "HOST:PORT or off", "Where /metrics is served, e.g. 127.0.0.1:9464."
+    ),
+    "MELODI_SYSFS_ROOT": Variable("sysfs_root", str, "a directory", "Read sysfs below this directory."),
+    "MELODI_PROCFS_ROOT": Variable("procfs_root", str, "a directory", "Read procfs below this directory."),
+    "MELODI_NVML_LIBRARY": Variable("nvml_library", str, "a path to libnvidia-ml.so.1", "The NVML library to load."),
+    "MELODI_ESTIMATE_WATTS": Variable(
+        "estimate_watts", _watts, "IDLE:MAX in watts, e.g. 20:65", "Idle and maximum CPU power for the estimate source."
+    ),
+    "MELODI_IDLE_WATTS": Variable(
+        "idle_watts", _idle, "DEVICE=WATTS,… with hw.id names", "Idle power per device instead of learning it."
+    ),
+    "MELODI_HOST_ID": Variable("host_id", str, "any text", "host.id, where /etc/machine-id is a container's own."),
+    "MELODI_ENGINE_DEVICES": Variable("engine_devices", _words, "hw.id,… (GPU UUIDs)", "The devices this engine uses."),
+    "MELODI_STATIC_POLICY": Variable(
+        "static_policy", _policy, "busy_shared or dynamic", "Who pays idle power while requests run."
+    ),
+    "MELODI_SPAN_WAIT": Variable(
+        "span_wait", _number(0, 60), "seconds from 0 to 60", "The longest time a span waits for its joules."
+    ),
+    "MELODI_SPAN_LIMIT": Variable("span_limit", _whole(1), "a whole number from 1", "The most spans that wait at a time."),
+    "MELODI_SAMPLE_HZ": Variable("sample_hz", _number(0.1, 10), "0.1 to 10", "The most readings of a meter per second."),
+    "MELODI_LABELS": Variable(
+        "labels", str, "name=kind:key|…,… with kind baggage, header, span or resource", "Whose request it is."
+    ),
+    "MELODI_METRIC_LABELS": Variable("metric_labels", _words, "names out of MELODI_LABELS", "Labels that metrics carry."),
+    "MELODI_LABEL_LIMIT": Variable("label_limit", _whole(1), "a whole number from 1", "Values per metric label before `other`."),
+    "MELODI_LABEL_HASH": Variable("label_hash", _flag, _FLAG, "1 replaces label values by a hash."),
+    "MELODI_CAPTURE_CONTENT": Variable("capture_content", _flag, _FLAG, "1 puts prompt and response text on spans."),
+    "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
+    "MELODI_RECORD": Variable("record", str, "a file name", "Write the trace of this process there."),
+    "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),
+    "MELODI_PUE": Variable("pue", _number(1), "a number from 1", "Power usage effectiveness, published as a gauge."),
+    "MELODI_ENERGY_PRICE": Variable("energy_price", _number(0), "currency per kWh", "Published as a gauge."),
+    "MELODI_ENERGY_BUDGET": Variable("energy_budget", _number(0), "J per 1,000 tokens", "Published as a gauge."),
+}
+
+INTERNAL: Final = frozenset({"MELODI_GROUP_TOKEN"})
+"""Names that processes of this project hand to their children; not for users."""
+
+
+def unknown_fields() -> set[str]:
+    """Fields of :class:`Config` without a variable, and the reverse (empty, or the table is wrong; a test asks)."""
+    return {field.name for field in fields(Config)} ^ {variable.field for variable in VARIABLES.values()}

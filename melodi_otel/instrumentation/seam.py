@@ -1,0 +1,113 @@
+"""Between "when does work happen?" and "how does the world see it?".
+
+An instrumentation describes a call with these records; the runtime plugs in what makes spans, metrics and results of
+them. So no instrumentation imports OpenTelemetry's SDK, the ledger or a meter's library, and each can be tested with a
+list as its ``Calls``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
+
+AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
+
+
+@dataclass(slots=True)
+class Begin:
+    """A model call as it starts.
+
+    Attributes:
+        operation: ``gen_ai.operation.name`` (``chat``, ``text_completion``, …).
+        provider: ``gen_ai.provider.name`` (``transformers``, ``vllm``, …).
+        model: ``gen_ai.request.model``, or None.
+        start_ns: monotonic ns.
+        attributes: span attributes known now (``gen_ai.request.*``), by their full names.
+        prompt_tokens, cached_tokens: where known before the work.
+        engine: the engine declared by ``Meter.engine``.
+        devices: accelerators by ``hw.id`` (``()``: CPU only; None: not known).
+        thread: native id of the computing thread.
+        probe: output tokens so far, see ``attribution.meter.Probe``.
+    """
+
+    operation: str
+    provider: str
+    model: str | None
+    start_ns: int
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict[str, AttributeValue])
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    engine: EngineId | None = None
+    devices: Sequence[str] | None = None
+    thread: int | None = None
+    probe: Probe | None = None
+
+
+@dataclass(slots=True)
+class End:
+    """The same call as it ended.
+
+    Attributes:
+        end_ns: monotonic ns.
+        output_tokens: exact count, or None where it cannot be known.
+        outcome: ``stop``, ``length``, ``abort`` (cancelled, disconnected, interrupted) or ``error``.
+        finish_reasons: ``gen_ai.response.finish_reasons``, one per sequence.
+        first_token_ns: monotonic ns at which the first token was on the host.
+        error: what the call raised, or None.
+        attributes: further span attributes by their full names.
+    """
+
+    end_ns: int
+    output_tokens: int | None = None
+    outcome: Outcome = "stop"
+    finish_reasons: Sequence[str] = ()
+    first_token_ns: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    error: BaseException | None = None
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict[str, AttributeValue])
+
+
+class OpenCall(Protocol):
+    """A call in flight."""
+
+    @property
+    def key(self) -> Key: ...
+
+    def active(self) -> AbstractContextManager[None]:
+        """While entered, the call's span is the current one and its activity the parent of nested ones."""
+        ...
+
+    def bind(self, child_id: str) -> None:
+        """``child_id`` stands for this call in engine steps."""
+        ...
+
+    def end(self, end: End) -> None:
+        """Close it; a second call does nothing. Never raises."""
+        ...
+
+
+class Calls(Protocol):
+    """Where an instrumentation reports."""
+
+    @property
+    def meter(self) -> Meter:
+        """For engines and steps; requests go through :meth:`begin`."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """The group token of this process's engines."""
+        ...
+
+    def now_ns(self) -> int:
+        """Monotonic time of the clock that everything here uses."""
+        ...
+
+    def begin(self, begin: Begin) -> OpenCall:
+        """Open the activity and start the span. Never raises."""
+        ...

@@ -1,0 +1,149 @@
+"""What a meter is.
+
+Counter and gauge are two kinds and stay two protocols: a counter says how many joules since some start, a gauge says how
+many watts over some window. Each becomes intervals in ``timeline``; after that there is one path for GPU, CPU and memory.
+A meter that has both kinds from one hardware call implements both protocols and answers ``power()`` from the call that
+``counters()`` just made.
+
+Add a meter: a class with these methods, in this folder or in a package of its own under the entry point group
+``melodi_otel_source`` (a callable ``(Settings) -> Source`` that raises :class:`melodi_otel.errors.Refused` with reason and
+fix when it cannot work).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from melodi_otel.clock import Clock
+from melodi_otel.devices import Device, DeviceType
+
+__all__ = [
+    "CounterReading",
+    "CounterSource",
+    "Device",
+    "DeviceType",
+    "Discovery",
+    "GpuState",
+    "PowerReading",
+    "PowerSource",
+    "Refusal",
+    "Settings",
+    "Source",
+    "StateSource",
+]
+
+@dataclass(frozen=True, slots=True)
+class CounterReading:
+    """Cumulative joules of a device at ``t_ns`` (monotonic, taken right after the read).
+
+    ``range_j`` is where the counter wraps to 0, in joules; None: it does not wrap, so a fall is a reset.
+    """
+
+    device: str
+    t_ns: int
+    joules: float
+    range_j: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PowerReading:
+    """Watts of a device, averaged over its ``window_s`` that ends at ``t_ns``."""
+
+    device: str
+    t_ns: int
+    watts: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    """Slow facts of a GPU: ``utilization`` 0..1 and used memory in bytes; None = not reported."""
+
+    device: str
+    utilization: float | None = None
+    memory_bytes: int | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Anything that measures devices. ``name`` is the short name of ``MELODI_SOURCES`` (``nvml``, ``rapl``, …)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def devices(self) -> Sequence[Device]: ...
+
+    def close(self) -> None:
+        """Give descriptors and libraries back; never raises."""
+        ...
+
+
+@runtime_checkable
+class CounterSource(Source, Protocol):
+    """A meter that counts joules."""
+
+    def counters(self) -> Sequence[CounterReading]:
+        """One reading per device, all or nothing.
+
+        Raises:
+            Transient: one read failed; nothing of this round may be used.
+            Gone: a device or the driver is lost.
+        """
+        ...
+
+
+@runtime_checkable
+class PowerSource(Source, Protocol):
+    """A meter that shows watts."""
+
+    def power(self) -> Sequence[PowerReading]:
+        """Readings of the devices that have a gauge, all or nothing; raises as :meth:`CounterSource.counters`."""
+        ...
+
+
+@runtime_checkable
+class StateSource(Source, Protocol):
+    """A meter that also knows utilisation and memory; asked at most once a second."""
+
+    def states(self) -> Sequence[GpuState]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a meter is not used: for the log, ``doctor`` and ``melodi.energy.reason``."""
+
+    source: str
+    state: str
+    reason: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a meter may depend on; nothing else is read from the environment.
+
+    ``sysfs`` and ``procfs`` are the roots to read below (containers mount the host's tree elsewhere).
+    """
+
+    clock: Clock
+    environ: Mapping[str, str]
+    sysfs: str = "/sys"
+    procfs: str = "/proc"
+    nvml_library: str | None = None
+    estimate_watts: tuple[float, float] | None = None
+    asked: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What was found: sources in preference order and every refusal with its reason."""
+
+    sources: tuple[Source, ...] = ()
+    refusals: tuple[Refusal, ...] = field(default_factory=tuple)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices of all sources."""
+        return tuple(device for source in self.sources for device in source.devices)

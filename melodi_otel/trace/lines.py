@@ -1,0 +1,187 @@
+"""The trace format: one JSON object per line, in the order of the time at which each became known.
+
+Times are seconds (monotonic), energies cumulative joules. Unknown kinds and keys are left out with one warning each; a
+broken line is counted with its number and skipped. The records are strict about types, so a typo does not become a zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=True):
+    """A device; ``null`` = unknown. ``idle_watts`` absent: the baseline is learnt."""
+
+    id: str
+    type: str = "gpu"
+    idle_watts: float | None = None
+    window_s: float | None = None
+    period_s: float | None = None
+    peak_flops: float | None = None
+    bytes_per_s: float | None = None
+    name: str | None = None
+
+
+class EngineLine(msgspec.Struct, tag="engine", tag_field="kind", omit_defaults=True):
+    """An engine or a change of its state."""
+
+    id: str
+    devices: list[str] | None = None
+    parameters: float | None = None
+    active_parameters: float | None = None
+    kv_bytes_per_token: float | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    experts: int | None = None
+    experts_per_token: int | None = None
+    t: float | None = None
+    state: str | None = None
+    world: int | None = None
+    model: str | None = None
+    service: str | None = None
+
+
+class SampleLine(msgspec.Struct, tag="sample", tag_field="kind", omit_defaults=True):
+    """A reading: cumulative ``joules`` of a counter, ``watts`` of a gauge; with both the counter wins."""
+
+    t: float
+    device: str
+    joules: float | None = None
+    watts: float | None = None
+
+
+class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True):
+    """A request begins."""
+
+    t: float
+    id: str
+    engine: str | None = None
+    devices: list[str] | None = None
+    model: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    parent: str | None = None
+
+
+class BindLine(msgspec.Struct, tag="bind", tag_field="kind", omit_defaults=True):
+    """``child`` stands for ``id`` in steps."""
+
+    t: float
+    id: str
+    child: str
+
+
+class StepLine(msgspec.Struct, tag="step", tag_field="kind", omit_defaults=True):
+    """One engine step; ``work``: id -> [prefill tokens computed, decode tokens computed, context after]."""
+
+    t0: float
+    t1: float
+    work: dict[str, list[int]]
+    engine: str | None = None
+    devices: list[str] | None = None
+
+
+class TokensLine(msgspec.Struct, tag="tokens", tag_field="kind", omit_defaults=True):
+    """Output tokens so far, and when the first one was there."""
+
+    t: float
+    id: str
+    output_tokens: int | None = None
+    first_token_t: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+class CloseLine(msgspec.Struct, tag="close", tag_field="kind", omit_defaults=True):
+    """A request ends."""
+
+    t: float
+    id: str
+    output_tokens: int | None = None
+    outcome: str | None = None
+    first_token_t: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+class CpuLine(msgspec.Struct, tag="cpu", tag_field="kind", omit_defaults=True):
+    """Cumulative CPU seconds of an engine's process tree and of the host."""
+
+    t: float
+    device: str
+    busy_s: float
+    host_busy_s: float
+    engine: str | None = None
+
+
+class ForeignLine(msgspec.Struct, tag="foreign", tag_field="kind", omit_defaults=True):
+    """From ``t`` on other processes use this share of the device's dynamic energy."""
+
+    t: float
+    device: str
+    share: float
+
+
+Line = (
+    DeviceLine
+    | EngineLine
+    | SampleLine
+    | OpenLine
+    | BindLine
+    | StepLine
+    | TokensLine
+    | CloseLine
+    | CpuLine
+    | ForeignLine
+)
+
+KINDS: Final[dict[str, type[msgspec.Struct]]] = {
+    "device": DeviceLine,
+    "engine": EngineLine,
+    "sample": SampleLine,
+    "open": OpenLine,
+    "bind": BindLine,
+    "step": StepLine,
+    "tokens": TokensLine,
+    "close": CloseLine,
+    "cpu": CpuLine,
+    "foreign": ForeignLine,
+}
+KNOWN_KEYS: Final = {kind: frozenset(("kind", *struct.__struct_fields__)) for kind, struct in KINDS.items()}
+
+_decode: Final = msgspec.json.Decoder(Line)
+_encode: Final = msgspec.json.Encoder()
+_loose: Final = msgspec.json.Decoder(dict[str, Any])
+
+
+class UnknownKind(ValueError):
+    """A line of a kind that this version does not know."""
+
+
+def decode(raw: str | bytes) -> Line:
+    """The record of one line.
+
+    Raises:
+        UnknownKind: the kind is not of this version.
+        ValueError: not JSON, or not of the form of its kind.
+    """
+    try:
+        return _decode.decode(raw)
+    except msgspec.ValidationError as error:
+        if "Invalid value" in str(error) and "$.kind" in str(error):
+            raise UnknownKind(str(_loose.decode(raw).get("kind"))) from None
+        raise ValueError(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from None
+
+
+def unknown_keys(raw: str | bytes) -> set[str]:
+    """Keys of a good line that its kind does not have."""
+    found = _loose.decode(raw)
+    return set(found) - KNOWN_KEYS[found["kind"]]
+
+
+def encode(line: msgspec.Struct) -> bytes:
+    """One line with its newline; what is unknown (None) is left out."""
+    return _encode.encode(line) + b"\n"

@@ -1,0 +1,241 @@
+"""Record: what the ledger is told, written as a trace while it runs.
+
+The recorder is the ledger's tap: it sees every message on the settle thread, in the order in which it took effect, and
+writes the line that says the same. Counters are written repaired (a wrap does not fall, a reset does); steps are written with
+their full work.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from melodi_otel.attribution.engines import Lane, Work
+from melodi_otel.attribution.meter import EngineId, Key
+from melodi_otel.devices import Device
+from melodi_otel.timeline.counter import Counter
+from melodi_otel.trace import lines as form
+from melodi_otel.units import seconds
+
+log = logging.getLogger("melodi_otel")
+
+
+class Recorder:
+    """Writes a trace file.
+
+    Args:
+        path: the file; it is replaced.
+        host_devices: ids that the ledger adds to every engine and request.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, host_devices: Sequence[str] = ()) -> None:
+        self._file: BinaryIO | None = open(path, "wb")  # noqa: SIM115  (closed by close(), held over many calls)
+        self._host = tuple(host_devices)
+        self._counters: dict[str, tuple[Counter, float]] = {}
+        self._lanes: dict[tuple[EngineId, int], Lane] = {}
+        self._t_ns = 0
+        self._write: dict[str, Callable[..., None]] = {
+            "device": self._device,
+            "counter": self._counter,
+            "gauge": self._gauge,
+            "cpu": self._cpu,
+            "foreign": self._foreign,
+            "engine": self._engine,
+            "open": self._open,
+            "bind": self._bind,
+            "progress": self._progress,
+            "probed": self._probed,
+            "step": self._step,
+            "work": self._work,
+            "close": self._close,
+        }
+
+    def tap(self, message: str, arguments: tuple[Any, ...]) -> None:
+        """Write the line of one message; a failing disk ends the recording with one warning, nothing else."""
+        writer = self._write.get(message)
+        if writer is None or self._file is None:
+            return
+        try:
+            writer(*arguments)
+        except OSError as error:
+            log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
+            self._file = None
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _line(self, line: msgspec.Struct) -> None:
+        if self._file is not None:
+            self._file.write(form.encode(line))
+
+    def _all(self, devices: Sequence[str] | None) -> list[str] | None:
+        return None if devices is None else [*devices, *(d for d in self._host if d not in devices)]
+
+    def _device(self, device: Device) -> None:
+        self._line(
+            form.DeviceLine(
+                device.id,
+                device.type,
+                device.idle_watts,
+                device.window_s,
+                device.period_s,
+                device.peak_flops,
+                device.bytes_per_s,
+                device.name,
+            )
+        )
+
+    def _counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
+        repair, total = self._counters.get(device) or (Counter(), joules)
+        change = repair.read(t_ns, joules, range_j)
+        if change.joules is not None:
+            total += change.joules
+        elif change.event == "reset":
+            total = 0.0 if total > 0.0 else -1.0
+        self._counters[device] = (repair, total)
+        self._line(form.SampleLine(seconds(t_ns), device, joules=total))
+
+    def _gauge(self, device: str, t_ns: int, watts: float) -> None:
+        self._line(form.SampleLine(seconds(t_ns), device, watts=watts))
+
+    def _cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
+        name = None if engine is None else engine_name(engine)
+        self._line(form.CpuLine(seconds(t_ns), device, busy_s, host_busy_s, name))
+
+    def _foreign(self, device: str, t_ns: int, share: float) -> None:
+        self._line(form.ForeignLine(seconds(t_ns), device, share))
+
+    def _engine(
+        self,
+        engine: EngineId,
+        t_ns: int,
+        state: str,
+        model: str | None,
+        devices: tuple[str, ...] | None,
+        world: int | None,
+        facts: tuple[Any, ...],
+        service: str | None,
+    ) -> None:
+        self._line(
+            form.EngineLine(
+                engine_name(engine),
+                self._all(devices),
+                *facts,
+                t=seconds(t_ns),
+                state=state,
+                world=world,
+                model=model,
+                service=service,
+            )
+        )
+
+    def _open(
+        self,
+        key: Key,
+        t_ns: int,
+        engine: EngineId | None,
+        devices: tuple[str, ...] | None,
+        model: str | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+        labels: object,
+        parent: Key | None,
+        thread: int | None,
+        probe: object,
+    ) -> None:
+        self._t_ns = t_ns
+        self._line(
+            form.OpenLine(
+                seconds(t_ns),
+                key.request,
+                None if engine is None else engine_name(engine),
+                self._all(devices),
+                model,
+                prompt_tokens,
+                cached_tokens,
+                None if parent is None else parent.request,
+            )
+        )
+
+    def _bind(self, key: Key, child_id: str) -> None:
+        self._line(form.BindLine(seconds(self._t_ns), key.request, child_id))
+
+    def _progress(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int,
+        first_token_ns: int | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+    ) -> None:
+        first = None if first_token_ns is None else seconds(first_token_ns)
+        self._line(
+            form.TokensLine(seconds(t_ns), key.request, output_tokens, first, prompt_tokens, cached_tokens)
+        )
+
+    def _probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
+        self._line(form.TokensLine(seconds(t_ns), key.request, output_tokens))
+
+    def _step(
+        self,
+        engine: EngineId,
+        lane: int,
+        seq: int,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        *delta: Any,
+    ) -> None:
+        run = self._lanes.setdefault((engine, lane), Lane())
+        if run.seq is not None and seq != run.seq + 1:
+            run.members.clear()
+        run.seq = seq
+        self._work(engine, t0_ns, t1_ns, devices, run.advance(*delta))
+        if not run.members:
+            del self._lanes[(engine, lane)]
+
+    def _work(
+        self, engine: EngineId, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, work: Sequence[Work]
+    ) -> None:
+        rows = {row.id: [row.prefill, row.decode, row.context + row.prefill + row.decode] for row in work}
+        if rows:
+            self._line(form.StepLine(seconds(t0_ns), seconds(t1_ns), rows, engine_name(engine), self._all(devices)))
+
+    def _close(
+        self,
+        key: Key,
+        t_ns: int,
+        output_tokens: int | None,
+        outcome: str,
+        first_token_ns: int | None,
+        prompt_tokens: int | None,
+        cached_tokens: int | None,
+        future: object,
+    ) -> None:
+        first = None if first_token_ns is None else seconds(first_token_ns)
+        self._line(
+            form.CloseLine(
+                seconds(t_ns), key.request, output_tokens, outcome, first, prompt_tokens, cached_tokens
+            )
+        )
+
+
+def engine_name(engine: EngineId) -> str:
+    """The trace's name of an engine."""
+    return f"{engine.group[:8]}/{engine.number}"
