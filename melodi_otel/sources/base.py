@@ -34,6 +34,7 @@ __all__ = [
     "StateSource",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class CounterReading:
     """Cumulative joules of a device at ``t_ns`` (monotonic, taken right after the read).

@@ -1,0 +1,166 @@
+"""Which meters there are here, and why the others are not used.
+
+Built-ins in the order of preference, then installed plug-ins (entry point group ``melodi_otel_source``), then the estimate,
+which nobody gets who did not ask. Every refusal is kept with its reason and its fix: nobody has to guess why RAPL is not
+used. A meter that crashes is a refusal too; looking for meters raises only for a name that does not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, Protocol, runtime_checkable
+
+from melodi_otel.errors import ConfigError, MissingDependency, Refused
+from melodi_otel.sources.base import Discovery, Refusal, Settings, Source
+
+log = logging.getLogger("melodi_otel")
+
+GROUP: Final = "melodi_otel_source"
+Opener = Callable[[Settings], Source]
+
+
+@runtime_checkable
+class PartlyRefused(Protocol):
+    """A source that works, but not with everything it found."""
+
+    @property
+    def refusals(self) -> Sequence[Refusal]: ...
+
+
+def discover(
+    settings: Settings, wanted: tuple[str, ...] = (), *, plugins: Mapping[str, Opener] | None = None
+) -> Discovery:
+    """Open the meters of this machine.
+
+    Args:
+        settings: what a meter may depend on.
+        wanted: names of ``MELODI_SOURCES``; empty: all that measure.
+        plugins: openers by name; None: the installed ones.
+
+    Raises:
+        ConfigError: a wanted name is no source; the message lists the valid ones.
+    """
+    found: dict[str, Opener] = {"nvml": _nvml, "rapl": _rapl}
+    for name, opener in (_installed() if plugins is None else plugins).items():
+        found.setdefault(name, opener)
+    found["estimate"] = _estimate  # last: it only stands in for a meter that is not there
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        raise ConfigError(
+            f"MELODI_SOURCES={','.join(wanted)!r} cannot be used: {unknown[0]!r} is no source; "
+            f"allowed is a comma-separated list of {', '.join(found)}"
+        )
+    settings = replace(settings, asked=settings.asked | frozenset(wanted))
+    sources: list[Source] = []
+    refusals: list[Refusal] = []
+    for name, opener in found.items():
+        if wanted and name not in wanted and name not in settings.asked:
+            continue
+        result = _open(name, opener, settings, sources)
+        if isinstance(result, Refusal):
+            refusals.append(result)
+            level = logging.ERROR if name in settings.asked and result.state != "superseded" else logging.DEBUG
+            log.log(level, "%s", _sentence(result))
+        else:
+            sources.append(result)
+            refusals += _partly(result)
+    return Discovery(tuple(sources), tuple(refusals))
+
+
+def describe(discovery: Discovery) -> str:
+    """The first line of the log: what is used and, where nothing measures, the variable that would help."""
+    used = "; ".join(
+        f"{source.name}: " + ", ".join(f"{d.id} ({d.name})" if d.name else d.id for d in source.devices)
+        for source in discovery.sources
+    )
+    denied = [r for r in discovery.refusals if r.state not in ("not_asked", "superseded")]
+    if not discovery.sources:
+        why = " ".join(_sentence(refusal) + "." for refusal in denied)
+        return (
+            f"no energy meter: joules will be absent. {why} To estimate them from CPU load set MELODI_SOURCES=estimate."
+        )
+    text = f"energy from {used}"
+    if all(device.estimated for device in discovery.devices):
+        text += " (ESTIMATED from CPU load, not measured)"
+    # A permission is worth a line even where another meter works: the joules of that device are missing from the sums.
+    notable = [r for r in denied if r.state in ("permission_denied", "unreadable", "masked", "crashed")]
+    return text + "".join(f"; not used: {_sentence(refusal)}" for refusal in notable)
+
+
+def _open(name: str, opener: Opener, settings: Settings, sources: Iterable[Source]) -> Source | Refusal:
+    taken = {device.id: source.name for source in sources for device in source.devices}
+    measured = any(d.type == "cpu" and not d.estimated for source in sources for d in source.devices)
+    if name == "estimate" and measured and "estimate" in settings.asked:
+        return Refusal(name, "superseded", "a meter measures the CPU; its joules are not estimated beside it")
+    source: Source | None = None
+    try:
+        source = opener(settings)
+        ids = [device.id for device in source.devices]
+        double = next((device for device in ids if device in taken), None)
+        if not ids:
+            refusal = Refusal(name, "no_device", "it found no device")
+        elif double is not None:
+            refusal = Refusal(name, "superseded", f"{double} is measured by {taken[double]} already")
+        else:
+            return source
+    except Refused as error:
+        refusal = Refusal(name, error.state, error.reason, error.fix)
+    except MissingDependency as error:
+        refusal = Refusal(name, "library_missing", f"{name} needs a package that is not installed", str(error))
+    except Exception as error:
+        log.debug("source %s crashed", name, exc_info=True)
+        refusal = Refusal(name, "crashed", f"it failed with {type(error).__name__}: {error}")
+    if source is not None:
+        try:
+            source.close()
+        except Exception:
+            log.debug("source %s cannot be closed", name, exc_info=True)
+    return refusal
+
+
+def _partly(source: Source) -> Sequence[Refusal]:
+    try:
+        return tuple(source.refusals) if isinstance(source, PartlyRefused) else ()
+    except Exception:
+        return ()
+
+
+def _sentence(refusal: Refusal) -> str:
+    return f"{refusal.source}: {refusal.reason}" + (f" (to repair: {refusal.fix})" if refusal.fix else "")
+
+
+def _installed() -> dict[str, Opener]:
+    try:
+        return {entry.name: _plugin(entry) for entry in entry_points(group=GROUP)}
+    except Exception:
+        log.debug("installed sources cannot be listed", exc_info=True)
+        return {}
+
+
+def _plugin(entry: EntryPoint) -> Opener:
+    def open_plugin(settings: Settings) -> Source:
+        opener: Any = entry.load()
+        return opener(settings)
+
+    return open_plugin
+
+
+def _nvml(settings: Settings) -> Source:
+    from melodi_otel.sources.nvml import open_nvml
+
+    return open_nvml(settings)
+
+
+def _rapl(settings: Settings) -> Source:
+    from melodi_otel.sources.rapl import open_rapl
+
+    return open_rapl(settings)
+
+
+def _estimate(settings: Settings) -> Source:
+    from melodi_otel.sources.estimate import open_estimate
+
+    return open_estimate(settings)
