@@ -65,9 +65,7 @@ class Account:
     def books(self, in_flight: float) -> Books:
         """The balance, given what open requests have accrued here."""
         parts = {name: self.bucket(name) for name in BUCKETS}
-        return Books(
-            self.device.id, self.measured, self.settled, in_flight, **parts, residual=self.residual
-        )
+        return Books(self.device.id, self.measured, self.settled, in_flight, **parts, residual=self.residual)
 
     def lost_interval(self, interval: Interval) -> None:
         """Time without known energy."""
@@ -96,8 +94,8 @@ class Account:
     def steps_in(self, interval: Interval) -> list[Step]:
         """Steps that lie at least partly in the interval; those that ended before it are dropped."""
         t0, t1 = interval.t0_ns, interval.t1_ns
-        self.steps = [step for step in self.steps if step.t1_ns > t0 or (step.t0_ns == step.t1_ns >= t0)]
-        return [step for step in self.steps if step.t0_ns < t1]
+        self.steps = [step for step in self.steps if step.t1_ns > t0]
+        return [step for step in self.steps if step.t0_ns < t1 or step.t1_ns == t1]
 
     def learn(self, interval: Interval, loading: bool, foreign: float) -> None:
         """Let an interval without work teach the idle power."""

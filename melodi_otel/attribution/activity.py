@@ -16,7 +16,19 @@ ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
 class Accrual:
     """What one activity has accrued on one device over closed intervals; joules and ns."""
 
-    __slots__ = ("busy_ns", "company_ns", "decode", "intervals", "interval_ns", "prefill", "shared", "static", "tiers", "unsplit")
+    __slots__ = (
+        "busy_ns",
+        "company_ns",
+        "decode",
+        "foreign",
+        "interval_ns",
+        "intervals",
+        "prefill",
+        "shared",
+        "static",
+        "tiers",
+        "unsplit",
+    )
 
     def __init__(self) -> None:
         self.prefill = 0.0
@@ -30,6 +42,7 @@ class Accrual:
         self.company_ns = 0
         self.intervals = 0
         self.interval_ns = 0
+        self.foreign = False
 
     @property
     def dynamic(self) -> float:
@@ -49,6 +62,7 @@ class Accrual:
         self.company_ns += other.company_ns
         self.intervals += other.intervals
         self.interval_ns += other.interval_ns
+        self.foreign |= other.foreign
         for mine, theirs in ((self.shared, other.shared), (self.tiers, other.tiers)):
             for tier, joules in theirs.items():
                 mine[tier] = mine.get(tier, 0.0) + joules

@@ -7,6 +7,7 @@ from typing import Final
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.engines import EngineState
+from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Interval
 
 MIN_WAIT_S: Final = 1.0
@@ -15,16 +16,15 @@ TOKENS_WAIT_S: Final = 0.15
 """How long the newest token counts are waited for: they are read right after the sensor moved."""
 
 
-def wait_ns(account: Account) -> int:
-    """Bound of every wait for this device: ``2 x (window + period)``, between 1 and 5 s."""
-    device = account.device
-    seconds = 2.0 * ((device.window_s or 0.0) + max(device.period_s or 0.1, account.interval_s))
-    return round(1e9 * min(MAX_WAIT_S, max(MIN_WAIT_S, seconds)))
+def wait_s(device: Device, interval_s: float = 0.1) -> float:
+    """Bound of every wait for ``device``: ``2 x (window + period)``, between 1 and 5 s."""
+    seconds = 2.0 * ((device.window_s or 0.0) + max(device.period_s or 0.1, interval_s))
+    return min(MAX_WAIT_S, max(MIN_WAIT_S, seconds))
 
 
 def may_close(account: Account, interval: Interval, now_ns: int, engines: list[EngineState]) -> bool:
     """Whether the evidence for ``interval`` is complete, or late enough to do without."""
-    if now_ns >= interval.t1_ns + wait_ns(account):
+    if now_ns >= interval.t1_ns + round(1e9 * wait_s(account.device, account.interval_s)):
         return True
     cpu_ns = account.cpu.last_ns
     if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Final
 
 from melodi_otel.attribution.account import Account
-from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price
@@ -17,20 +16,14 @@ from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Outcome, Prefill, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.roster import ADOPT_NS, Roster
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
 from melodi_otel.devices import Device
-from melodi_otel.timeline.timeline import Interval
+from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
 
-ADOPT_NS: Final = 5_000_000_000
-"""An open or bind within this time adopts the steps of an id that was not known yet."""
-LATE: Final = "anonymous"
-"""Request id under which work after a close is kept: a settled share is never revised."""
-
-Facts = tuple[
-    float | None, float | None, float | None, int | None, int | None, int | None, int | None
-]
+Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
 
 def _model_only(model: str | None, _labels: Mapping[str, str]) -> Who:
@@ -54,14 +47,11 @@ class Core:
         self.host_devices = host_devices
         self.patience_ns = None if patience_s is None else round(patience_s * 1e9)
         self.accounts: dict[str, Account] = {}
-        self.engines: dict[EngineId, EngineState] = {}
-        self.activities: dict[Key, Activity] = {}
-        self.ids: dict[tuple[str, str], Activity] = {}
-        self.closed_ids: dict[tuple[str, str], int] = {}
+        self.roster = Roster()
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
         self._finished = finished
-        self._closer = IntervalCloser(self, policy, best)
+        self._closer = IntervalCloser(self.roster, self.model, policy, best)
         self._moved = False
         self.changed = False
 
@@ -73,7 +63,7 @@ class Core:
     # --- hardware ---------------------------------------------------------------------------------------------------
 
     def device(self, device: Device) -> None:
-        if device.id not in self.accounts and device.type != "host":
+        if device.id not in self.accounts:
             self.accounts[device.id] = Account(device)
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
@@ -126,7 +116,7 @@ class Core:
         facts: Facts,
         service: str | None,
     ) -> None:
-        known = self._engine(engine)
+        known = self.roster.engine(engine)
         known.model = model or known.model
         known.service = service or known.service
         known.world = world or known.world
@@ -155,40 +145,33 @@ class Core:
         thread: int | None,
         probe: Probe | None,
     ) -> None:
-        if key in self.activities and not self.activities[key].anonymous:
+        if key in self.roster.activities and not self.roster.activities[key].anonymous:
             log.warning("melodi_otel: request %s was opened twice; the second time is left out", key.request)
             return
-        activity = self._adopt(key, t_ns) or Activity(key, t_ns)
+        activity = self.roster.adopt(key, t_ns) or Activity(key, t_ns)
         activity.anonymous = False
         activity.model, activity.who = model, self._who(model, labels or {})
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane = probe, thread is not None
-        self.activities[key] = activity
+        self.roster.add(activity)
         self.changed = True
-        self.ids[(key.group, key.request)] = activity
-        self.closed_ids.pop((key.group, key.request), None)
         if engine is not None:
-            state = self._engine(engine)
+            state = self.roster.engine(engine)
             activity.engine = engine
             state.open[id(activity)] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
-        outer = self.activities.get(parent) if parent is not None else None
+        outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
         if outer is not None:
             activity.parent = outer
             outer.nested.append(activity)
 
     def bind(self, key: Key, child_id: str) -> None:
-        activity = self.activities.get(key)
+        activity = self.roster.activities.get(key)
         if activity is None:
             return
-        at = (key.group, child_id)
-        stray = self.ids.get(at)
-        if stray is not None and stray.anonymous and stray is not activity:
-            self._merge(stray, activity)
-        activity.children.append(child_id)
-        activity.rows = max(1, len(activity.children))
-        self.ids[at] = activity
-        self.closed_ids.pop(at, None)
+        stray = self.roster.bind(activity, child_id)
+        if stray is not None:
+            self.roster.merge(stray, activity, self.accounts.values())
 
     def progress(
         self,
@@ -199,7 +182,7 @@ class Core:
         prompt_tokens: int | None,
         cached_tokens: int | None,
     ) -> None:
-        activity = self.activities.get(key)
+        activity = self.roster.activities.get(key)
         if activity is not None and activity.close_ns is None:
             self._learn_counts(activity, first_token_ns, prompt_tokens, cached_tokens)
             activity.told(t_ns, output_tokens)
@@ -207,7 +190,7 @@ class Core:
             self._seen(activity, "tokens")
 
     def probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
-        activity = self.activities.get(key)
+        activity = self.roster.activities.get(key)
         if activity is not None and activity.close_ns is None:
             activity.told(t_ns, output_tokens)
             activity.counted = True
@@ -229,7 +212,7 @@ class Core:
         joined: Sequence[Joined],
         left: Sequence[str],
     ) -> None:
-        state = self._engine(engine)
+        state = self.roster.engine(engine)
         run = state.lanes.setdefault(lane, Lane())
         if run.seq is not None and seq != run.seq + 1:
             # Deltas are lost: the set is resent by the client, and what ran in the gap is seen as slices.
@@ -241,7 +224,7 @@ class Core:
     def work(
         self, engine: EngineId, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, work: Sequence[Work]
     ) -> None:
-        state = self._engine(engine)
+        state = self.roster.engine(engine)
         run = next((lane for lane in state.lanes.values() if lane.t1_ns <= t0_ns), None)
         if run is None:
             run = state.lanes.setdefault(len(state.lanes), Lane())
@@ -258,7 +241,7 @@ class Core:
         cached_tokens: int | None,
         future: Future[list[Share]],
     ) -> None:
-        activity = self.activities.get(key)
+        activity = self.roster.activities.get(key)
         if activity is None or activity.close_ns is not None:
             future.set_result([])
             return
@@ -278,7 +261,7 @@ class Core:
     def read_probes(self) -> list[tuple[Key, int]]:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []
-        for activity in list(self.activities.values()):
+        for activity in list(self.roster.activities.values()):
             if activity.probe is None or activity.close_ns is not None:
                 continue
             try:
@@ -308,12 +291,17 @@ class Core:
         self.advance(now_ns)
         self.advance(now_ns, force=True)
 
+    def between(self, device: str, t0_ns: int, t1_ns: int) -> Between | None:
+        """Energy of a whole device in a window."""
+        account = self.accounts.get(device)
+        return None if account is None else account.timeline.between(t0_ns, t1_ns)
+
     def snapshot(self, now_ns: int) -> Snapshot:
         """An immutable copy of the books."""
         self.changed = False
         in_flight: dict[str, float] = {}
         active: dict[Who, int] = {}
-        for activity in self.activities.values():
+        for activity in self.roster.activities.values():
             for device, accrual in activity.accruals.items():
                 in_flight[device] = in_flight.get(device, 0.0) + accrual.joules
             if activity.close_ns is None and not activity.anonymous:
@@ -330,12 +318,6 @@ class Core:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _engine(self, engine: EngineId) -> EngineState:
-        state = self.engines.get(engine)
-        if state is None:
-            state = self.engines[engine] = EngineState(engine)
-        return state
-
     def _balance(self, devices: tuple[str, ...] | None) -> float | None:
         for name in devices or ():
             account = self.accounts.get(name)
@@ -347,23 +329,25 @@ class Core:
         if devices is not None:
             return devices + tuple(d for d in self.host_devices if d not in devices), False
         if engine is not None:
-            known = self.engines[engine].devices
+            known = self.roster.engines[engine].devices
             if known is not None:
                 return known, False
-        return tuple(self.accounts), True
+        # Without an engine it is a block of code, which may use the whole host: nothing is assumed.
+        names = tuple(name for name, account in self.accounts.items() if account.device.type != "host")
+        return names, engine is not None
 
     def _engines_on(self, account: Account) -> list[EngineState]:
         name = account.device.id
         return [
             engine
-            for engine in self.engines.values()
+            for engine in self.roster.engines.values()
             if engine.devices is None or name in engine.devices or any(name in a.on() for a in engine.open.values())
         ]
 
     def _seen(self, activity: Activity, evidence: str) -> None:
         if activity.engine is None:
             return
-        engine = self.engines[activity.engine]
+        engine = self.roster.engines[activity.engine]
         if evidence == "steps":
             engine.evidence = "steps"
         elif engine.evidence in ("unknown", "none"):
@@ -379,7 +363,7 @@ class Core:
         if first_token_ns is not None:
             if activity.first_token_ns is None and activity.engine is not None:
                 seconds = (first_token_ns - activity.open_ns) / 1e9
-                self.engines[activity.engine].speed.observe(activity.computed_prompt, seconds)
+                self.roster.engines[activity.engine].speed.observe(activity.computed_prompt, seconds)
             activity.first_token_ns = first_token_ns
 
     def _add_step(
@@ -398,7 +382,7 @@ class Core:
         run.t1_ns = t1_ns
         group = state.id.group
         rows, participants = price(
-            state, state.priced(self.model), work, lambda name: self._participant(group, name, t0_ns)
+            state, state.priced(self.model), work, lambda name: self.roster.participant(group, name, t0_ns)
         )
         named = devices if devices is not None else state.devices
         if named is None:
@@ -424,49 +408,6 @@ class Core:
             if account is not None and rows:
                 account.steps.append(step)
 
-    def _participant(self, group: str, name: str, t0_ns: int) -> Activity:
-        at = (group, name)
-        activity = self.ids.get(at)
-        if activity is not None and not activity.settled:
-            if activity.close_ns is None or t0_ns < activity.close_ns:
-                return activity
-            return self._stray(Key(group, LATE), t0_ns)
-        if at in self.closed_ids:
-            return self._stray(Key(group, LATE), t0_ns)
-        stray = self._stray(Key(group, name), t0_ns)
-        self.ids[at] = stray
-        return stray
-
-    def _stray(self, key: Key, t0_ns: int) -> Activity:
-        found = self.activities.get(key)
-        if found is not None and found.anonymous and found.close_ns is None:
-            return found
-        stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
-        return stray
-
-    def _adopt(self, key: Key, t_ns: int) -> Activity | None:
-        stray = self.activities.get(key)
-        if stray is None or not stray.anonymous:
-            return None
-        stray.open_ns = min(t_ns, stray.open_ns)
-        return stray
-
-    def _merge(self, stray: Activity, into: Activity) -> None:
-        for device, accrual in stray.accruals.items():
-            into.accruals.setdefault(device, Accrual()).merge(accrual)
-            into.step_devices[device] = None
-        for account in self.accounts.values():
-            for step in account.steps:
-                for row in step.rows:
-                    if row.activity is stray:
-                        row.activity = into
-        if into.engine is None:
-            into.engine = stray.engine
-        into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
-        self.activities.pop(stray.key, None)
-        if stray.engine is not None:
-            self.engines[stray.engine].open.pop(id(stray), None)
-
     def _end(self, activity: Activity, t_ns: int, outcome: Outcome) -> None:
         self.changed = True
         activity.close_ns = max(t_ns, activity.open_ns)
@@ -474,18 +415,15 @@ class Core:
         activity.outcome = outcome
         self._seen(activity, "none")
         self.closing[activity.key] = activity
-        group = activity.key.group
-        for name in (activity.key.request, *activity.children):
-            self.closed_ids[(group, name)] = activity.close_ns
-        if len(self.closed_ids) > 100_000:
-            for at in list(self.closed_ids)[:50_000]:
-                del self.closed_ids[at]
+        self.roster.ended(activity)
 
     def _retire_strays(self, now_ns: int, force: bool) -> None:
-        for activity in list(self.activities.values()):
-            if activity.anonymous and activity.close_ns is None and activity.last_step_ns is not None:
-                if force or now_ns > activity.last_step_ns + ADOPT_NS:
-                    self._end(activity, activity.last_step_ns, "stop")
+        for activity in list(self.roster.activities.values()):
+            last_ns = activity.last_step_ns
+            if activity.anonymous and activity.close_ns is None and last_ns is not None:
+                if not force and now_ns <= last_ns + ADOPT_NS:
+                    continue
+                self._end(activity, last_ns, "stop")
 
     def _close_interval(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
         self.changed = True
@@ -509,14 +447,10 @@ class Core:
 
     def _finish(self, activity: Activity, now_ns: int) -> None:
         self.closing.pop(activity.key, None)
-        self.activities.pop(activity.key, None)
-        group = activity.key.group
-        for name in (activity.key.request, *activity.children):
-            if self.ids.get((group, name)) is activity:
-                del self.ids[(group, name)]
-        if activity.engine is not None:
-            self.engines[activity.engine].forget(activity)
-        shares = shares_of(activity, self.accounts, now_ns, self.engines.get(activity.engine) if activity.engine else None)
+        self.roster.remove(activity)
+        shares = shares_of(
+            activity, self.accounts, now_ns, self.roster.engines.get(activity.engine) if activity.engine else None
+        )
         for share in shares:
             if share.joules is not None:
                 self.accounts[share.device].settled += share.joules

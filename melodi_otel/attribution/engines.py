@@ -42,7 +42,7 @@ class Step:
         """How much of it lies in [t0, t1], 0..1."""
         length = self.t1_ns - self.t0_ns
         if length <= 0:
-            return 1.0 if t0_ns <= self.t0_ns < t1_ns else 0.0
+            return 1.0 if t0_ns < self.t0_ns <= t1_ns else 0.0
         return max(0, min(self.t1_ns, t1_ns) - max(self.t0_ns, t0_ns)) / length
 
 

@@ -80,7 +80,7 @@ def _share(activity: Activity, account: Account, now_ns: int, seen: float) -> Sh
         concurrency=max(1.0, accrual.company_ns / accrual.busy_ns) if accrual.busy_ns else 1.0,
         final_ns=now_ns,
         reason=reason,
-        exclusive=None if not (account.foreign or account.cpu.series) else account.bucket("foreign") == 0.0,
+        exclusive=not accrual.foreign if account.foreign or account.cpu.series else None,
         rollup=rollup(activity, account.device.id) if activity.nested else joules,
     )
 
@@ -141,6 +141,7 @@ def _quality(
         or sigma > WIDE * joules
         or duration_s < (account.device.period_s or account.interval_s)
         or reason == "devices_assumed"
+        or account.device.fraction < 1.0
     ):
         return "interpolated"
     return "measured"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
 from melodi_otel.attribution.activity import Accrual, Activity
@@ -11,23 +10,29 @@ from melodi_otel.attribution.books import Phase
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.meter import EngineId, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
-from melodi_otel.attribution.settle import Cell, Given, Pool, Row, divide
+from melodi_otel.attribution.roster import Roster
+from melodi_otel.attribution.settle import Cell, Given, Pool, Row, divide, unworked_part
 from melodi_otel.attribution.slices import slice_cells
-from melodi_otel.attribution.weights import EngineFacts
+from melodi_otel.attribution.weights import CostModel, EngineFacts
 from melodi_otel.timeline.timeline import Interval
-
-if TYPE_CHECKING:
-    from melodi_otel.attribution.core import Core
 
 ASSUMING: tuple[Tier, ...] = ("phase", "window", "equal")
 """Tiers whose figures are interpolated rather than measured."""
 
 
 class IntervalCloser:
-    """Closes intervals for a :class:`melodi_otel.attribution.core.Core`."""
+    """Closes intervals.
 
-    def __init__(self, core: Core, policy: StaticPolicy, best: Tier | None) -> None:
-        self._core = core
+    Args:
+        roster: who is there.
+        model: where weights come from.
+        policy: who pays idle power while requests run.
+        best: use no better evidence than this tier.
+    """
+
+    def __init__(self, roster: Roster, model: CostModel, policy: StaticPolicy, best: Tier | None) -> None:
+        self._roster = roster
+        self._model = model
         self._policy: StaticPolicy = policy
         self._best: Tier | None = best
 
@@ -38,10 +43,24 @@ class IntervalCloser:
             return
         t0, t1, joules = interval.t0_ns, interval.t1_ns, interval.joules
         account.measured += joules
+        if account.device.type == "host":
+            # A meter of the whole machine contains the other devices: it is told as it is and divided among nobody.
+            account.residual += joules
+            return
+        if account.device.fraction < 1.0:
+            # Only a slice of the board is ours and only the board has a meter: its other slices' part is somebody else's.
+            others = joules * (1.0 - account.device.fraction)
+            account.book("foreign", others, None)
+            joules -= others
         cells = self._cells(account, interval, engines)
-        idle_w = account.baseline.watts or 0.0
-        static = min(idle_w * (t1 - t0) / 1e9, joules)
-        foreign, pools = self._pools(account, interval, cells, joules - static)
+        unworked = 0.0
+        if account.baseline.watts is None:
+            # What is idle and what is work cannot be told apart yet: the border of the work is cut by time alone.
+            static = 0.0
+            unworked = joules * unworked_part(t0, t1, cells)
+        else:
+            static = min(account.baseline.watts * (t1 - t0) / 1e9, joules)
+        foreign, pools = self._pools(account, interval, cells, joules - static - unworked)
         process = bool(account.cpu.series) and account.device.type != "gpu"
         for cell in cells:
             if process:
@@ -50,7 +69,7 @@ class IntervalCloser:
                 cell.alone = False
         shared = shared_static(self._policy, static)
         division = divide(t0, t1, shared, pools)
-        idle_static = division.idle_static + (static - shared)
+        idle_static = division.idle_static + (static - shared) + unworked
         loading = max((engine.loading_part(t0, t1) for engine in engines), default=0.0)
         holder = self._holder(engines)
         account.book("foreign", foreign, None)
@@ -60,11 +79,12 @@ class IntervalCloser:
         account.book("tail" if recent else "idle", (1.0 - loading) * division.unclaimed, holder)
         for given in division.given:
             self._accrue(account, given, t1 - t0)
+            given.activity.accruals[account.device.id].foreign |= foreign > 0.0
         if cells:
             account.worked(cell.t1_ns for cell in cells)
         else:
             account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
-        account.forget_before(min((a.open_ns for a in self._core.activities.values()), default=t0))
+        account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
 
     def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
         t0, t1 = interval.t0_ns, interval.t1_ns
@@ -74,30 +94,35 @@ class IntervalCloser:
             part = step.part(t0, t1)
             if part <= 0.0:
                 continue
-            rows = [Row(r.activity, r.participants, r.prefill * part, r.decode * part) for r in step.rows]
+            # A settled share is never revised: what is left of its step when it could not be waited for is nobody's.
+            rows = [
+                Row(row.activity, row.participants, row.prefill * part, row.decode * part)
+                for row in step.rows
+                if not row.activity.settled
+            ]
+            if not rows:
+                continue
             cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows))
             stepped.update(id(row.activity) for row in rows)
         groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
-        for activity in self._core.activities.values():
+        for activity in self._roster.activities.values():
             segments = self._slice_of(account, activity, t0, t1, id(activity) in stepped)
             if segments:
                 groups.setdefault(activity.engine, []).append((activity, segments))
         for engine_id, members in groups.items():
-            engine = self._core.engines[engine_id] if engine_id is not None else None
-            theta = engine.priced(self._core.model) if engine else self._core.model.theta(EngineFacts())
+            engine = self._roster.engines[engine_id] if engine_id is not None else None
+            theta = engine.priced(self._model) if engine else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else 5000.0
             cells += slice_cells(members, theta, speed, self._best)
         return cells
 
-    def _slice_of(
-        self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool
-    ) -> list[tuple[int, int]]:
+    def _slice_of(self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool) -> list[tuple[int, int]]:
         """The parts of [t0, t1] in which a request without steps there has to be seen as a slice."""
         if activity.anonymous or activity.open_ns >= t1 or (activity.close_ns is not None and activity.close_ns <= t0):
             return []
         if account.device.id not in activity.on():
             return []
-        engine = self._core.engines[activity.engine] if activity.engine is not None else None
+        engine = self._roster.engines[activity.engine] if activity.engine is not None else None
         if engine is None or engine.evidence != "steps":
             return activity.segments(t0, t1)
         if activity.own_lane and activity.last_step_ns is None:

@@ -17,7 +17,19 @@ from typing import Any, Final
 from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.core import Core
 from melodi_otel.attribution.engines import Work
-from melodi_otel.attribution.meter import Decode, EngineId, EngineState, Joined, Key, Outcome, Prefill, Probe, Share, Tier
+from melodi_otel.attribution.finishing import FULL_COVERAGE
+from melodi_otel.attribution.meter import (
+    Decode,
+    EngineId,
+    EngineState,
+    Joined,
+    Key,
+    Outcome,
+    Prefill,
+    Probe,
+    Share,
+    Tier,
+)
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.attribution.weights import CostModel
 from melodi_otel.devices import Device
@@ -40,6 +52,7 @@ class Ledger:
         who: makes the metric identity of a request from its model and labels.
         finished: called with (key, shares) for every settled activity, anonymous ones included, on the settling thread.
         tap: sees every message (its name and arguments) before it takes effect, on the settling thread; the recorder.
+        watch: called with (open requests, monotonic ns) on every open and close, on the request's thread; must be quick.
     """
 
     def __init__(
@@ -53,18 +66,31 @@ class Ledger:
         who: Callable[[str | None, Mapping[str, str]], Who] | None = None,
         finished: Callable[[Key, list[Share]], None] | None = None,
         tap: Callable[[str, tuple[Any, ...]], None] | None = None,
+        watch: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._make = lambda: Core(policy, model, tuple(host_devices), patience_s, best, who, finished)
+        self._tap = tap
+        self._watch = watch
+        self._devices: list[Device] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over with empty books and the same devices: in a forked child, whose parent keeps the old ones."""
         self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._lock = threading.Lock()
-        self._core = Core(policy, model, tuple(host_devices), patience_s, best, who, finished)
-        self._tap = tap
+        self._counting = threading.Lock()
+        self._open = 0
+        self._core = self._make()
         self._snapshot = _EMPTY
         self.refused = 0
+        for device in self._devices:
+            self._inbox.append((self._core.device, (device,)))
 
     # --- what the hardware says (called by the sampler's sink, or by replay) ---------------------------------------
 
     def device(self, device: Device) -> None:
         """Make a device known; its books start with its first reading."""
+        self._devices.append(device)
         self._inbox.append((self._core.device, (device,)))
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None = None) -> None:
@@ -132,6 +158,7 @@ class Ledger:
         named = None if devices is None else tuple(devices)
         arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe)
         self._inbox.append((self._core.open, arguments))
+        self._count(1, t_ns)
 
     def bind(self, key: Key, child_id: str) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.bind`."""
@@ -199,6 +226,7 @@ class Ledger:
         future: Future[list[Share]] = Future()
         arguments = (key, t_ns, output_tokens, outcome, first_token_ns, prompt_tokens, cached_tokens, future)
         self._inbox.append((self._core.close, arguments))
+        self._count(-1, t_ns)
         return future
 
     # --- closing ---------------------------------------------------------------------------------------------------
@@ -225,9 +253,27 @@ class Ledger:
         """The books as of the last settling; immutable, free to read from any thread."""
         return self._snapshot
 
+    def between(self, device: str, t0_ns: int, t1_ns: int) -> float | None:
+        """J that the whole device used in [t0, t1], whoever used them; None where that is not fully known."""
+        with self._lock:
+            found = self._core.between(device, t0_ns, t1_ns)
+        return found.joules if found is not None and found.coverage >= FULL_COVERAGE else None
+
+    @property
+    def open_count(self) -> int:
+        """Requests that are open now."""
+        return self._open
+
     def waiting(self) -> int:
         """Requests that are closed and not settled yet."""
         return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._core.close)
+
+    def _count(self, change: int, t_ns: int) -> None:
+        if self._watch is not None:
+            with self._counting:
+                self._open += change
+                now_open = self._open
+            self._watch(now_open, t_ns)
 
     def _read_probes(self, now_ns: int) -> None:
         for key, tokens in self._core.read_probes():

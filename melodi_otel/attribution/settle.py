@@ -112,6 +112,15 @@ def divide(t0_ns: int, t1_ns: int, static_joules: float, pools: Sequence[Pool]) 
     return out
 
 
+def unworked_part(t0_ns: int, t1_ns: int, cells: Sequence[Cell]) -> float:
+    """The part of [t0, t1] in which nothing runs, 0..1; 0 where there is no cell of any length."""
+    covered, until = 0, t0_ns
+    for start, stop in sorted((cell.t0_ns, cell.t1_ns) for cell in cells):
+        covered += max(0, stop - max(start, until))
+        until = max(until, stop)
+    return 1.0 - covered / (t1_ns - t0_ns) if covered else 0.0
+
+
 def _slot(given: dict[tuple[int, Tier], Given], activity: Activity, cell: Cell) -> Given:
     tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
     at = (id(activity), tier)

@@ -52,7 +52,9 @@ def slice_cells(
         prefill = activity.prefill_in(start, stop, tokens_per_s)
         activity.prefill_charged += prefill
         decode = max(0.0, activity.tokens_at(stop) - activity.tokens_at(start))
-        bins.append((activity, segments, tier, prefill, decode, _prefill_part(activity, start, stop, prefill, tokens_per_s)))
+        bins.append(
+            (activity, segments, tier, prefill, decode, _prefill_part(activity, start, stop, prefill, tokens_per_s))
+        )
     steps = max((decode for *_, decode, _ in bins), default=0.0)
     steps = max(steps, max((prefill / PREFILL_CHUNK_TOKENS for _, _, _, prefill, _, _ in bins), default=0.0))
     if any(prefill > 0.0 for _, _, _, prefill, _, _ in bins):

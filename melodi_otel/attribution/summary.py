@@ -107,7 +107,9 @@ def summarize(shares: Sequence[Share], devices: Mapping[str, Device]) -> Energy:
         coverage=math.fsum(w * s.coverage for w, s in zip(weights, known, strict=True)) / spread,
         concurrency=max(s.concurrency for s in known if _type(s, devices) == main),
         exclusive=False if False in exclusive else (True if exclusive == {True} else None),
-        source=tuple(sorted({devices[s.device].source for s in known if s.device in devices and devices[s.device].source})),
+        source=tuple(
+            sorted({devices[s.device].source for s in known if s.device in devices and devices[s.device].source})
+        ),
         scope="+".join(present),
         devices=tuple(sorted({s.device for s in known})),
         reason=next((s.reason for s in known if s.reason), None),
@@ -133,6 +135,8 @@ def _all(values: Iterable[float | None]) -> float | None:
 
 def _method(shares: Sequence[Share]) -> Tier:
     total = math.fsum(abs(s.joules or 0.0) for s in shares)
-    held = {tier: math.fsum(abs(s.joules or 0.0) for s in shares if s.method == tier) for tier in {s.method for s in shares}}
+    held = {
+        tier: math.fsum(abs(s.joules or 0.0) for s in shares if s.method == tier) for tier in {s.method for s in shares}
+    }
     enough = [tier for tier, joules in held.items() if joules >= 0.05 * total]
     return TIERS[max(TIERS.index(tier) for tier in enough)]

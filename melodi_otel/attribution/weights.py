@@ -37,7 +37,8 @@ class Theta(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What the weights may know of an engine; None = unknown, then 8e9 parameters, 131,072 cache bytes per token and 250
-    FLOP per byte are assumed (the trace format's defaults)."""
+    FLOP per byte are assumed (the trace format's defaults).
+    """
 
     parameters: float | None = None
     active_parameters: float | None = None

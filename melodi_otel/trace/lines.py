@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+
 class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=True):
     """A device; ``null`` = unknown. ``idle_watts`` absent: the baseline is learnt."""
 

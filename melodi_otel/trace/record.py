@@ -36,7 +36,7 @@ class Recorder:
     """
 
     def __init__(self, path: str | Path, host_devices: Sequence[str] = ()) -> None:
-        self._file: BinaryIO | None = open(path, "wb")  # noqa: SIM115  (closed by close(), held over many calls)
+        self._file: BinaryIO | None = Path(path).open("wb")  # noqa: SIM115 - held over many calls, closed by close()
         self._host = tuple(host_devices)
         self._counters: dict[str, tuple[Counter, float]] = {}
         self._lanes: dict[tuple[EngineId, int], Lane] = {}
@@ -185,9 +185,7 @@ class Recorder:
         cached_tokens: int | None,
     ) -> None:
         first = None if first_token_ns is None else seconds(first_token_ns)
-        self._line(
-            form.TokensLine(seconds(t_ns), key.request, output_tokens, first, prompt_tokens, cached_tokens)
-        )
+        self._line(form.TokensLine(seconds(t_ns), key.request, output_tokens, first, prompt_tokens, cached_tokens))
 
     def _probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
         self._line(form.TokensLine(seconds(t_ns), key.request, output_tokens))
@@ -230,9 +228,7 @@ class Recorder:
     ) -> None:
         first = None if first_token_ns is None else seconds(first_token_ns)
         self._line(
-            form.CloseLine(
-                seconds(t_ns), key.request, output_tokens, outcome, first, prompt_tokens, cached_tokens
-            )
+            form.CloseLine(seconds(t_ns), key.request, output_tokens, outcome, first, prompt_tokens, cached_tokens)
         )
 
 

@@ -44,7 +44,21 @@ ENGINE_DEVICES = {0: ("GPU-0", "GPU-1"), 1: ("GPU-0",)}
 actions = st.lists(
     st.tuples(
         st.sampled_from(
-            ["time", "time", "time", "open", "open", "nested", "measure", "tokens", "step", "step", "close", "reset", "foreign"]
+            [
+                "time",
+                "time",
+                "time",
+                "open",
+                "open",
+                "nested",
+                "measure",
+                "tokens",
+                "step",
+                "step",
+                "close",
+                "reset",
+                "foreign",
+            ]
         ),
         st.integers(0, 7),
         st.floats(0.0, 1.0),

@@ -270,7 +270,16 @@ def test_anonymous_work_is_booked() -> None:
 
 def test_a_late_open_adopts_its_steps() -> None:
     """An open that comes within 5 s of the first step takes that step over."""
-    lines = [gpu(0.0), ENGINE, at(0, 0), step(0, 1, a=[0, 1, 5]), at(1, 100), opened(0, "a"), closed(1, "a", 1), at(2, 101)]
+    lines = [
+        gpu(0.0),
+        ENGINE,
+        at(0, 0),
+        step(0, 1, a=[0, 1, 5]),
+        at(1, 100),
+        opened(0, "a"),
+        closed(1, "a", 1),
+        at(2, 101),
+    ]
     assert run(lines)[0]["a", "G"]["joules"] == pytest.approx(100.0)
 
 
@@ -361,3 +370,20 @@ def test_final_times_are_when_it_was_known() -> None:
     shares, _ = run(lines)
     assert shares["a", "G"]["t_final"] == 0.8
     assert shares["b", "G"]["t_final"] == 1.0
+
+
+def test_a_request_of_another_thread_is_in_the_only_block() -> None:
+    """A request without a parent belongs to the one block that is open, which then owns only the rest."""
+    bare = {"prompt_tokens": None}
+    lines = [gpu(0.0), ENGINE, {**opened(0, "block", **bare), "engine": None, "devices": None}, at(0, 0)]
+    lines += [
+        opened(1, "a"),
+        step(1, 2, a=[9, 0, 9]),
+        at(1, 10),
+        closed(2, "a", 1),
+        at(2, 110),
+        closed(3, "block", None),
+    ]
+    lines += [at(3, 120)]
+    shares, _ = run(lines)
+    assert shares["a", "G"]["joules"] == pytest.approx(100.0)

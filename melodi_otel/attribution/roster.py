@@ -1,0 +1,140 @@
+"""Who is known under which id: open requests, ids bound to them, steps that nobody has opened yet, and engines.
+
+Requests and steps come from different processes and in any order. An id that no request has opened makes an *anonymous*
+activity at once; an ``open`` or ``bind`` that follows adopts it. Work after a close is kept apart under the name
+``anonymous``, because a settled share is never revised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from melodi_otel.attribution.account import Account
+from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.engines import EngineState
+from melodi_otel.attribution.meter import EngineId, Key
+
+ADOPT_NS: Final = 5_000_000_000
+"""An open or bind within this time adopts the steps of an id that was not known yet."""
+LATE: Final = "anonymous"
+"""Request id under which work after a close is kept: a settled share is never revised."""
+_REMEMBERED: Final = 100_000
+"""Closed ids that are remembered, so that late steps are told from unknown requests."""
+
+
+class Roster:
+    """Activities by key and by id, and the engines that they run on."""
+
+    def __init__(self) -> None:
+        self.activities: dict[Key, Activity] = {}
+        self.engines: dict[EngineId, EngineState] = {}
+        self._ids: dict[tuple[str, str], Activity] = {}
+        self._closed: dict[tuple[str, str], None] = {}
+
+    def engine(self, engine: EngineId) -> EngineState:
+        """The engine, made known by whatever names it first."""
+        state = self.engines.get(engine)
+        if state is None:
+            state = self.engines[engine] = EngineState(engine)
+        return state
+
+    def add(self, activity: Activity) -> None:
+        """A request has been opened."""
+        at = (activity.key.group, activity.key.request)
+        self.activities[activity.key] = activity
+        self._ids[at] = activity
+        self._closed.pop(at, None)
+
+    def bind(self, activity: Activity, child_id: str) -> Activity | None:
+        """``child_id`` stands for ``activity`` from now on; returns an anonymous activity that had it until now."""
+        at = (activity.key.group, child_id)
+        before = self._ids.get(at)
+        activity.children.append(child_id)
+        activity.rows = len(activity.children)
+        self._ids[at] = activity
+        self._closed.pop(at, None)
+        return before if before is not None and before.anonymous and before is not activity else None
+
+    def participant(self, group: str, name: str, t0_ns: int) -> Activity:
+        """Whoever ``name`` stands for in a step that began at ``t0_ns``."""
+        at = (group, name)
+        activity = self._ids.get(at)
+        if activity is not None and not activity.settled:
+            if activity.close_ns is None or t0_ns < activity.close_ns:
+                return activity
+            return self._stray(Key(group, LATE), t0_ns)
+        if at in self._closed:
+            return self._stray(Key(group, LATE), t0_ns)
+        stray = self._stray(Key(group, name), t0_ns)
+        self._ids[at] = stray
+        return stray
+
+    def _stray(self, key: Key, t0_ns: int) -> Activity:
+        found = self.activities.get(key)
+        if found is not None and found.anonymous and found.close_ns is None:
+            return found
+        stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
+        return stray
+
+    def adopt(self, key: Key, t_ns: int) -> Activity | None:
+        """The anonymous activity that ``key`` turns out to be, or None."""
+        stray = self.activities.get(key)
+        if stray is None or not stray.anonymous:
+            return None
+        stray.open_ns = min(t_ns, stray.open_ns)
+        return stray
+
+    def merge(self, stray: Activity, into: Activity, accounts: Iterable[Account]) -> None:
+        """What ``stray`` accrued, and its steps in intervals that are still open, are those of ``into``."""
+        for device, accrual in stray.accruals.items():
+            into.accruals.setdefault(device, Accrual()).merge(accrual)
+            into.step_devices[device] = None
+        for account in accounts:
+            for step in account.steps:
+                for row in step.rows:
+                    if row.activity is stray:
+                        row.activity = into
+        if into.engine is None:
+            into.engine = stray.engine
+        into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
+        self.activities.pop(stray.key, None)
+        if stray.engine is not None:
+            self.engines[stray.engine].open.pop(id(stray), None)
+
+    def only_block(self, request: Activity) -> Activity | None:
+        """The block of code that a request without a known parent runs in.
+
+        A thread does not inherit the context of the block that started it (a streamer's thread is the usual case). Where
+        exactly one innermost block of this group is open, the request is in it; with several, nobody can tell.
+        """
+        if request.engine is None:
+            return None
+        blocks = [
+            activity
+            for activity in self.activities.values()
+            if activity.engine is None
+            and activity.close_ns is None
+            and not activity.anonymous
+            and activity.key.group == request.key.group
+        ]
+        inner = [block for block in blocks if not any(other.parent is block for other in blocks)]
+        return inner[0] if len(inner) == 1 else None
+
+    def ended(self, activity: Activity) -> None:
+        """A request was closed: its ids are those of finished work from now on."""
+        for name in (activity.key.request, *activity.children):
+            self._closed[(activity.key.group, name)] = None
+        if len(self._closed) > _REMEMBERED:
+            for at in list(self._closed)[: _REMEMBERED // 2]:
+                del self._closed[at]
+
+    def remove(self, activity: Activity) -> None:
+        """A request has settled."""
+        self.activities.pop(activity.key, None)
+        for name in (activity.key.request, *activity.children):
+            at = (activity.key.group, name)
+            if self._ids.get(at) is activity:
+                del self._ids[at]
+        if activity.engine is not None:
+            self.engines[activity.engine].forget(activity)

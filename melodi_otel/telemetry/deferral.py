@@ -1,0 +1,171 @@
+"""Which spans wait for joules, and what the joules look like on a span.
+
+One :class:`Deferral` per meter: requests register the future of their shares under their span's id just before the span
+ends; every deferring processor asks here whether a span that ended has such a future. It also holds what all processors
+share: the bounds of the wait and the counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Final
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from melodi_otel import semconv as names
+from melodi_otel.attribution.meter import Reason, Share
+from melodi_otel.attribution.summary import Energy, summarize, unavailable
+from melodi_otel.clock import Clock
+from melodi_otel.devices import Device
+
+log = logging.getLogger("melodi_otel")
+
+AttributeValue = str | bool | int | float | Sequence[str]
+Predicate = Callable[[ReadableSpan], "Future[list[Share]] | None"]
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """What a span waits for: its shares, and whether it owns the request (or only encloses the one that does)."""
+
+    future: Future[list[Share]]
+    owner: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SpanCounts:
+    """Spans that wait now, and how many stopped waiting by outcome (``semconv.SPAN_OUTCOMES``)."""
+
+    deferred: int
+    settled: Mapping[str, int]
+
+
+def energy_attributes(energy: Energy, output_tokens: int | None, owner: bool = True) -> dict[str, AttributeValue]:
+    """The ``melodi.energy.*`` attributes of a span; what is not known is absent.
+
+    Args:
+        energy: the request's energy.
+        output_tokens: its output tokens, for the energy per token.
+        owner: False for a span whose nested requests own the joules: it carries ``rollup`` instead of ``total``.
+    """
+    found: dict[str, AttributeValue | None] = {
+        names.METHOD: energy.method,
+        names.QUALITY: energy.quality,
+        names.SOURCE: energy.source or None,
+        names.SCOPE: energy.scope,
+        names.COVERAGE: energy.coverage if energy.quality != "unavailable" else None,
+        names.CONCURRENCY: energy.concurrency,
+        names.EXCLUSIVE: energy.exclusive,
+        names.DEVICES: energy.devices or None,
+        names.REASON: energy.reason,
+        names.SCHEMA: names.ENERGY_SCHEMA,
+    }
+    if owner:
+        found |= {
+            names.TOTAL: energy.total,
+            names.GPU: energy.gpu,
+            names.CPU: energy.cpu,
+            names.MEMORY: energy.memory,
+            names.DYNAMIC: energy.dynamic,
+            names.STATIC: energy.static,
+            names.PREFILL: energy.prefill,
+            names.DECODE: energy.decode,
+            names.UNCERTAINTY: energy.uncertainty,
+            names.PER_OUTPUT_TOKEN: energy.per_token(output_tokens),
+        }
+    else:
+        found[names.ROLLUP] = energy.rollup
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class Deferral:
+    """The registry between requests and span processors.
+
+    Args:
+        clock: time of the bounds.
+        wait_s: the longest time a span waits, in seconds; asked for every span.
+        limit: the most spans that wait at a time, per processor.
+        devices: the devices now, by ``hw.id``.
+        why: the reason to give where there is no share at all.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        wait_s: Callable[[], float] = lambda: 5.0,
+        limit: int = 10_000,
+        devices: Callable[[], Mapping[str, Device]] = dict,
+        why: Callable[[], Reason] = lambda: "no_source",
+    ) -> None:
+        self.clock: Final = clock
+        self.limit: Final = limit
+        self._wait_s = wait_s
+        self._devices = devices
+        self._why = why
+        self._entries: dict[int, Entry] = {}
+        self._predicates: list[Predicate] = []
+        self._lock = threading.RLock()
+        self._deferred = 0
+        self._settled = _none()
+
+    def register(self, span_id: int, entry: Entry) -> None:
+        """The span with this id, which ends next, waits for ``entry``."""
+        self._entries[span_id] = entry
+
+    def forget(self, span_id: int) -> None:
+        """The span has ended: every processor has asked by now."""
+        self._entries.pop(span_id, None)
+
+    def add_predicate(self, predicate: Predicate) -> None:
+        """Let spans of others wait too: ``predicate`` gives the future of such a span, else None; it must be quick."""
+        self._predicates.append(predicate)
+
+    def find(self, span: ReadableSpan) -> Entry | None:
+        """What ``span`` waits for, or None."""
+        context = span.get_span_context()
+        if context is not None and (entry := self._entries.get(context.span_id)) is not None:
+            return entry
+        for predicate in self._predicates:
+            if (future := predicate(span)) is not None:
+                return Entry(future)
+        return None
+
+    def wait_s(self) -> float:
+        """The longest time a span waits that ends now, in seconds."""
+        return max(0.0, self._wait_s())
+
+    def settle(self, shares: Sequence[Share]) -> Energy:
+        """The energy of these shares, in one figure."""
+        return summarize(shares, self._devices()) if shares else unavailable(self._why())
+
+    def parked(self, change: int) -> None:
+        """Count spans that began (+) or stopped (-) waiting."""
+        with self._lock:
+            self._deferred += change
+
+    def counted(self, outcome: str) -> None:
+        """Count one span that was forwarded."""
+        with self._lock:
+            self._settled[outcome] = self._settled.get(outcome, 0) + 1
+
+    def counts(self) -> SpanCounts:
+        """The counts now."""
+        with self._lock:
+            return SpanCounts(self._deferred, dict(self._settled))
+
+    def forked(self) -> None:
+        """In a child: nothing waits here, the parent counts and exports what did."""
+        self._lock = threading.RLock()
+        self._entries = {}
+        self._deferred = 0
+        self._settled = _none()
+
+
+def _none() -> dict[str, int]:
+    # Every outcome is a series from the start, at 0: a counter that appears with its first event hides that event.
+    return dict.fromkeys([str(outcome) for outcome in names.SPAN_OUTCOMES], 0)

@@ -1,0 +1,204 @@
+"""Debian's Prometheus reads the endpoint: values, names, exemplars; promtool finds nothing to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from opentelemetry.sdk.resources import Resource
+
+from melodi_otel import semconv_metrics as metrics
+from melodi_otel.attribution.books import Books, Snapshot, Who
+from melodi_otel.attribution.meter import Key
+from melodi_otel.attribution.record import RequestRecord
+from melodi_otel.attribution.summary import summarize
+from melodi_otel.telemetry.deferral import SpanCounts
+from melodi_otel.telemetry.http import Endpoint, serve
+from melodi_otel.telemetry.metrics import Configured, Hardware, Views
+from melodi_otel.telemetry.providers import ScrapePipeline
+
+
+def program(name: str) -> str:
+    """The path of a system program; missing it is a skip for a user and a failure where CI is set."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"{name} is not installed; on Debian: apt-get install prometheus"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture
+def endpoint(kit: Any) -> Iterator[Endpoint]:
+    """Every instrument with a value, served."""
+    who = Who("m", "transformers", "svc", "ns", (("tenant", "t1"),))
+    snapshot = Snapshot(
+        0,
+        {"GPU-1": Books("GPU-1", measured=100.0, attributed=60.0, idle=40.0), "psys": Books("psys", measured=300.0)},
+        {("GPU-1", who, "decode", "measured"): 60.0},
+        {("GPU-1", "idle", ("svc", "m")): 40.0},
+        {who: 1},
+    )
+    hardware = Hardware(
+        {"GPU-1": 250.0, "psys": 300.0},
+        {"GPU-1": 0.5},
+        {"GPU-1": 1 << 30},
+        {"GPU-1": 0.1},
+        {("nvml", "GPU-1"): True},
+        1.0,
+    )
+    views = Views(
+        lambda: snapshot,
+        lambda: kit.devices,
+        lambda: hardware,
+        lambda: SpanCounts(1, {"measured": 2}),
+        Configured(400.0, 1.2, 0.3, 500.0),
+        metric_labels=("tenant",),
+    )
+    pipeline = ScrapePipeline(views, Resource({"host.id": "h1"}))
+    instruments = pipeline.instruments
+    instruments.sampled(0.001)
+    instruments.finished(
+        RequestRecord(
+            key=Key("g", "r1"),
+            name="chat m",
+            kind="request",
+            operation="chat",
+            provider="transformers",
+            model="m",
+            start_ns=0,
+            end_ns=3_000_000_000,
+            start_wall_ns=0,
+            first_token_ns=1_000_000_000,
+            prompt_tokens=12,
+            cached_tokens=None,
+            output_tokens=11,
+            outcome="stop",
+            error_type=None,
+            finish_reasons=("stop",),
+            energy=summarize([kit.share(30.0)], kit.devices),
+            trace_id=0xABC,
+            span_id=0xDEF,
+            sampled=True,
+            labels={"tenant": "t1"},
+        )
+    )
+    served = serve("127.0.0.1:0", pipeline.registry)
+    yield served
+    served.close()
+    pipeline.close()
+
+
+def fetch(endpoint: Endpoint) -> str:
+    with urllib.request.urlopen(str(endpoint.url), timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_promtool(endpoint: Endpoint) -> None:
+    """Promtool's linter finds nothing in a scrape that shows every instrument."""
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"],
+        input=fetch(endpoint),
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_metric_is_there(endpoint: Endpoint) -> None:
+    """Every metric of the contract that has a source is scraped under the name that semconv says."""
+    names = {line.partition("{")[0].partition(" ")[0] for line in fetch(endpoint).splitlines() if line[0] != "#"}
+    expected = {metrics.prometheus_name(m) for m in metrics.METRICS.values()}
+    expected.remove("melodi_carbon_emissions_grams_total")  # needs a live intensity
+    assert expected <= names
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, endpoint: Endpoint) -> Iterator[Callable[..., list[Any]]]:
+    """A Prometheus that scrapes the endpoint; ask it by path and parameters."""
+    binary = program("prometheus")
+    config = {
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms"},
+        "scrape_configs": [{"job_name": "melodi", "static_configs": [{"targets": [f"127.0.0.1:{endpoint.port}"]}]}],
+    }
+    (tmp_path / "p.yml").write_text(json.dumps(config))
+    listen = tmp_path / "port"
+    port = _free_port()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                binary,
+                f"--config.file={tmp_path}/p.yml",
+                f"--storage.tsdb.path={tmp_path}/tsdb",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--enable-feature=exemplar-storage",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+
+    def ask(path: str, **parameters: str) -> list[Any]:
+        """Ask until there is an answer that is not empty, for at most half a minute."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}{path}?{urlencode(parameters)}", timeout=5
+                ) as answer:
+                    data = json.load(answer)["data"]
+            except OSError:
+                data = []
+            found = data["result"] if isinstance(data, dict) else data
+            if found:
+                return found
+            time.sleep(0.1)
+        raise TimeoutError(f"{parameters}: no answer; see {listen.parent / 'log'}")
+
+    yield ask
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return int(holder.getsockname()[1])
+
+
+def test_prometheus(prometheus: Callable[..., list[Any]]) -> None:
+    """Prometheus scrapes the endpoint: the books close in PromQL, and a bucket's exemplar leads to the trace."""
+    query = (
+        "sum(melodi_energy_attributed_joules_total) + sum(melodi_energy_unattributed_joules_total)"
+        " + sum(melodi_energy_residual_joules) - sum(hw_energy_joules_total)"
+    )
+    (result,) = prometheus("/api/v1/query", query=query)
+    assert float(result["value"][1]) == 0.0
+    (result,) = prometheus("/api/v1/query", query='melodi_request_energy_joules_bucket{le=~"50(\\\\.0)?"}')
+    assert float(result["value"][1]) == 1.0
+    assert result["metric"]["host_id"] == "h1"
+    assert result["metric"]["gen_ai_request_model"] == "m"
+    now = time.time()
+    (series,) = prometheus(
+        "/api/v1/query_exemplars",
+        query="melodi_request_energy_joules_bucket",
+        start=str(now - 600),
+        end=str(now + 600),
+    )
+    exemplar = series["exemplars"][0]
+    assert exemplar["labels"] == {"trace_id": f"{0xABC:032x}", "span_id": f"{0xDEF:016x}"}
+    assert float(exemplar["value"]) == 30.0
