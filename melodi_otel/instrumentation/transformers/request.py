@@ -1,0 +1,66 @@
+"""One call as it was asked for: everything that the end of it needs, and nothing of the caller's kept alive for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from melodi_otel.instrumentation.seam import AttributeValue
+from melodi_otel.instrumentation.transformers.arguments import Arguments
+from melodi_otel.instrumentation.transformers.counts import Prompt, prompt_of
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        prompt: its prompts, counted.
+        copies: sequences computed per prompt: beams, or sequences asked for.
+        returned: sequences that come back, in all.
+        cache: whether keys and values are kept between steps.
+        looped: whether transformers' own loop runs, which asks the step clock.
+        custom: whether somebody else's loop generates, whose result may be anything.
+        may_end_early: whether a sequence can end before the others of its batch.
+        eos: ids that end a sequence.
+        pad: the padding id, or None.
+        start: ids an encoder-decoder's output starts with.
+        limit: the most tokens a sequence may get, or None.
+        attributes: ``gen_ai.request.*``.
+    """
+
+    prompt: Prompt
+    copies: int
+    returned: int
+    cache: bool
+    looped: bool
+    custom: bool
+    may_end_early: bool
+    eos: tuple[int, ...]
+    pad: int | None
+    start: tuple[int, ...]
+    limit: int | None
+    attributes: Mapping[str, AttributeValue]
+
+
+def request_of(model: Any, given: Arguments) -> Request:
+    """Read the arguments of a call on ``model``, before it runs."""
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    prompt = prompt_of(given, encoder_decoder=encoder_decoder)
+    choices = given.whole("num_return_sequences", 1)
+    eos, pad = given.token_ids("eos_token_id"), given.token_ids("pad_token_id")
+    return Request(
+        prompt=prompt,
+        copies=max(given.whole("num_beams", 1), choices),
+        returned=prompt.rows * choices,
+        cache=given.setting("use_cache") is not False,
+        looped=not given.paged and not given.custom,
+        custom=given.custom,
+        may_end_early=bool(eos) or any(given.setting(name) for name in ("stopping_criteria", "stop_strings")),
+        eos=eos,
+        pad=pad[0] if pad else None,
+        start=given.token_ids("decoder_start_token_id") or given.token_ids("bos_token_id"),
+        limit=given.limit(prompt.width, prompt.positions),
+        attributes=given.attributes(),
+    )

@@ -1,0 +1,180 @@
+"""The step clock of one ``generate()``, and its times as engine steps.
+
+The generation loop asks ``_has_unfinished_sequences`` once before its first step and once after every step, at a moment
+when the host has waited for the device. So call 1 is the start of the loop and call k + 1 the end of step k::
+
+    begin      call 1        call 2        call 3              call N + 1
+      |--prepare-|              |             |        ...         |
+      |<---- step 1 ---------->|<- step 2 -->|                    |     the prompt is computed in step 1,
+      |   prefill + 1st token  |  2nd token  |                    |     which also gives the first token
+
+The generating thread appends one integer per step and nothing else. Whoever wants them (the thread that settles, at every
+movement of a sensor; the end of the call for the rest) turns new times into ``Meter.step``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Meter, Prefill
+from melodi_otel.instrumentation.transformers.request import Request
+
+_NONE: Final = Decode(0, 0)
+_PATIENCE_S: Final = 1.0
+"""How long the end of a call waits for a hand-over in progress on another thread; after a fork there is none to wait for."""
+
+
+class Steps:
+    """What one call computes, step by step.
+
+    Args:
+        start_ns: begin of the call, monotonic.
+        request: what was asked for.
+
+    Attributes:
+        prompt: the request's prompts.
+        ticks: monotonic ns of the calls of the clock.
+        drafts: per assisted step, (ids before it, drafts it verifies).
+    """
+
+    __slots__ = (
+        "_cache",
+        "_children",
+        "_closed",
+        "_context",
+        "_copies",
+        "_devices",
+        "_engine",
+        "_lane",
+        "_lock",
+        "_meter",
+        "_returned",
+        "_sent",
+        "_start_ns",
+        "drafts",
+        "prompt",
+        "ticks",
+    )
+
+    def __init__(self, start_ns: int, request: Request) -> None:
+        self.ticks: list[int] = []
+        self.drafts: list[tuple[int, int]] = []
+        self.prompt = request.prompt
+        self._start_ns = start_ns
+        self._copies = request.copies
+        self._returned = request.returned
+        self._cache = request.cache
+        self._meter: Meter | None = None
+        self._engine: EngineId | None = None
+        self._devices: Sequence[str] | None = None
+        self._lane = 0
+        self._children: tuple[str, ...] = ()
+        self._context = 0
+        self._sent = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def rows(self) -> int:
+        """Sequences that are computed at a time."""
+        return self.prompt.rows * self._copies
+
+    def report_to(
+        self, meter: Meter, engine: EngineId, lane: int, devices: Sequence[str] | None, children: Sequence[str]
+    ) -> None:
+        """Name the receiver: from now on :meth:`hand_over` has somewhere to go. ``children`` has one id per row."""
+        self._engine, self._devices, self._lane, self._children = engine, devices, lane, tuple(children)
+        self._meter = meter
+
+    @property
+    def done(self) -> int:
+        """Steps that ended."""
+        return max(len(self.ticks) - 1, 0)
+
+    @property
+    def first_token_ns(self) -> int | None:
+        """Monotonic ns at which the first token was on the host."""
+        return self.ticks[1] if len(self.ticks) > 1 else None
+
+    def output_tokens(self) -> int:
+        """Tokens so far over all returned sequences.
+
+        An upper estimate where several sequences run together: which of them has reached its end of sequence is known
+        only on the device until the call returns.
+        """
+        if self.drafts:
+            return (self.drafts[-1][0] - self.drafts[0][0]) * self._returned
+        return self.done * self._returned
+
+    def probe(self) -> int:
+        """Hand over what is new, unless another thread is at it, and say how many tokens there are."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._hand_over(early=True)
+            finally:
+                self._lock.release()
+        return self.output_tokens()
+
+    def close(self) -> None:
+        """Hand over everything; nothing is handed over afterwards."""
+        if self._lock.acquire(timeout=_PATIENCE_S):
+            try:
+                if not self._closed:
+                    self._hand_over(early=False)
+            finally:
+                self._closed = True
+                self._lock.release()
+        self._closed = True
+
+    def _hand_over(self, *, early: bool) -> None:
+        meter, engine, prompt = self._meter, self._engine, self.prompt
+        if self._closed or meter is None or engine is None or self.done <= self._sent:
+            return
+        if prompt.early or not early:
+            prompt.settle()
+        if prompt.tokens is None or prompt.computed is None:
+            return  # what a step computed is not known (yet): better none than invented ones
+        for index in range(self._sent + 1, self.done + 1):
+            t0_ns = self._start_ns if index == 1 else self.ticks[index - 1]
+            t1_ns = self.ticks[index]
+            self._sent = index
+            decode, prefill, verified, joined = self._work(index, prompt.tokens, prompt.computed)
+            meter.step(
+                engine,
+                self._lane,
+                index,
+                t0_ns,
+                t1_ns,
+                self._devices,
+                decode=decode,
+                prefill=prefill,
+                computed=verified,
+                joined=joined,
+            )
+
+    def _work(
+        self, index: int, tokens: Sequence[int], computed: Sequence[int]
+    ) -> tuple[Decode, Sequence[Prefill], Sequence[Prefill], Sequence[Joined]]:
+        """What step ``index`` computed: decode set, prompts, drafts, and who enters the set."""
+        if index == 1:
+            # at least the last position is computed, or there would be no first token
+            return _NONE, [Prefill(c, max(new, 1), all_ - new) for c, all_, new in self._rows(tokens, computed)], (), ()
+        if not self._cache:  # every step computes everything again
+            return _NONE, [Prefill(c, all_ + index - 1, 0) for c, all_, _ in self._rows(tokens, computed)], (), ()
+        if len(self.drafts) >= index:
+            before, drafts = self.drafts[index - 1]
+            # the newest token is not in the cache yet: it is computed together with the drafts
+            return _NONE, (), [Prefill(child, 1 + drafts, before - 1) for child in self._children], ()
+        if index == 2:
+            self._context = sum(tokens) * self._copies
+            joined = [Joined(c, all_) for c, all_, _ in self._rows(tokens, computed)]
+            return Decode(len(self._children), self._context), (), (), joined
+        members = len(self._children)
+        return Decode(members, self._context + members * (index - 2)), (), (), ()
+
+    def _rows(self, tokens: Sequence[int], computed: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+        """Per computed row its id, its prompt's tokens, and those of them that are computed."""
+        for row, child in enumerate(self._children):
+            yield child, tokens[row // self._copies], computed[row // self._copies]
