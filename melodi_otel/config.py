@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 from melodi_otel.errors import ConfigError
 
@@ -125,7 +125,7 @@ def _words(raw: str) -> tuple[str, ...]:
 def _policy(raw: str) -> StaticPolicy:
     if raw not in ("busy_shared", "dynamic"):
         raise ValueError
-    return cast(StaticPolicy, raw)
+    return raw
 
 
 def _address(raw: str) -> str:
@@ -171,12 +171,17 @@ def _source_names(raw: str) -> tuple[str, ...]:
 
 
 _FLAG: Final = "1 or 0"
-_SOURCES: Final = "a comma-separated list of source names: " + ", ".join(BUILT_IN_SOURCES) + " or an installed plug-in's"
+_SOURCES: Final = (
+    "a comma-separated list of source names: " + ", ".join(BUILT_IN_SOURCES) + " or an installed plug-in's"
+)
 
 VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_DISABLED": Variable("disabled", _flag, _FLAG, "1 turns every seam off."),
     "MELODI_SOURCES": Variable(
-        "sources", _source_names, _SOURCES, "Meters to use; default: all that measure. `estimate` must be asked for by name."
+        "sources",
+        _source_names,
+        _SOURCES,
+        "Meters to use; default: all that measure. `estimate` must be asked for by name.",
     ),
     "MELODI_HUB": Variable("hub", _hub, "auto, local, shared or an absolute socket path", "Where the meter lives."),
     "MELODI_METRICS_ADDR": Variable(
@@ -199,13 +204,21 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_SPAN_WAIT": Variable(
         "span_wait", _number(0, 60), "seconds from 0 to 60", "The longest time a span waits for its joules."
     ),
-    "MELODI_SPAN_LIMIT": Variable("span_limit", _whole(1), "a whole number from 1", "The most spans that wait at a time."),
-    "MELODI_SAMPLE_HZ": Variable("sample_hz", _number(0.1, 10), "0.1 to 10", "The most readings of a meter per second."),
+    "MELODI_SPAN_LIMIT": Variable(
+        "span_limit", _whole(1), "a whole number from 1", "The most spans that wait at a time."
+    ),
+    "MELODI_SAMPLE_HZ": Variable(
+        "sample_hz", _number(0.1, 10), "0.1 to 10", "The most readings of a meter per second."
+    ),
     "MELODI_LABELS": Variable(
         "labels", str, "name=kind:key|…,… with kind baggage, header, span or resource", "Whose request it is."
     ),
-    "MELODI_METRIC_LABELS": Variable("metric_labels", _words, "names out of MELODI_LABELS", "Labels that metrics carry."),
-    "MELODI_LABEL_LIMIT": Variable("label_limit", _whole(1), "a whole number from 1", "Values per metric label before `other`."),
+    "MELODI_METRIC_LABELS": Variable(
+        "metric_labels", _words, "names out of MELODI_LABELS", "Labels that metrics carry."
+    ),
+    "MELODI_LABEL_LIMIT": Variable(
+        "label_limit", _whole(1), "a whole number from 1", "Values per metric label before `other`."
+    ),
     "MELODI_LABEL_HASH": Variable("label_hash", _flag, _FLAG, "1 replaces label values by a hash."),
     "MELODI_CAPTURE_CONTENT": Variable("capture_content", _flag, _FLAG, "1 puts prompt and response text on spans."),
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
@@ -216,8 +229,8 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_ENERGY_BUDGET": Variable("energy_budget", _number(0), "J per 1,000 tokens", "Published as a gauge."),
 }
 
-INTERNAL: Final = frozenset({"MELODI_GROUP_TOKEN"})
-"""Names that processes of this project hand to their children; not for users."""
+INTERNAL: Final = frozenset({"MELODI_GROUP_TOKEN", "MELODI_FAKE_NVML_STATE"})
+"""Names that processes of this project and its test kit hand to their children; not for users."""
 
 
 def unknown_fields() -> set[str]:

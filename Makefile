@@ -1,0 +1,58 @@
+# Each target makes its own virtual environment in .venv/ on the first run and reuses it afterwards.
+#
+#   make demo       a real model answers, with joules beside each answer (ARGS="--max-tokens 64 --serve 60")
+#   make test       everything that a machine without an accelerator can run (ARGS="tests/telemetry -k spans")
+#   make check      lint, format, types, house plan and unit tests, without torch; under three minutes
+#   make test-all   also slow tests, the second versions of our dependencies, and the benches
+#   make format     let ruff write
+
+.PHONY: demo test check test-all test-slow test-second bench format docs clean
+
+ARGS ?=
+# The pure rooms: no engine, no real model, no server.
+UNIT = --ignore=tests/instrumentation --ignore=tests/e2e --ignore=tests/faults
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+demo:
+	@scripts/venv demo torch
+	@.venv/demo/bin/melodi-otel demo $(ARGS)
+
+test:
+	@scripts/system-programs
+	@scripts/venv test torch
+	@.venv/test/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+check:
+	@scripts/venv check
+	.venv/check/bin/ruff check .
+	.venv/check/bin/ruff format --check .
+	.venv/check/bin/pyright --pythonpath .venv/check/bin/python
+	.venv/check/bin/python -m pytest -q $(UNIT) -m "not e2e and not slow and not gpu"
+
+test-all: test test-slow test-second bench
+
+test-slow:
+	@scripts/venv test torch
+	@.venv/test/bin/python -m pytest -m "slow and not gpu"; status=$$?; [ $$status = 0 ] || [ $$status = 5 ]
+
+test-second:
+	@scripts/venv second torch
+	@.venv/second/bin/python -m pytest -m "not slow and not gpu"
+
+bench:
+	@scripts/venv test torch
+	@set -e; for file in $$(ls bench/*.py 2>/dev/null); do echo "== $$file"; .venv/test/bin/python $$file; done
+
+format:
+	@scripts/venv check
+	.venv/check/bin/ruff check --fix .
+	.venv/check/bin/ruff format .
+
+docs:
+	@scripts/venv docs
+	.venv/docs/bin/mkdocs build --strict
+
+clean:
+	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/docs site dist

@@ -1,0 +1,254 @@
+"""What metering costs: added to a request, per generated token, per engine step, per second of sampling.
+
+Each comparison is made in one run with the two sides taking turns, and repeated; the table shows the median of the rounds and
+the spread between their quartiles, because a busy machine moves every absolute figure. Nothing here asserts: the
+targets of the design stand beside the figures.
+
+    python bench/cost.py [--rounds 15] [--out cost.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from melodi_otel.attribution.ledger import Ledger
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key
+from melodi_otel.config import Config
+from melodi_otel.devices import Device
+from melodi_otel.instrumentation.seam import Begin, End
+from melodi_otel.runtime import Runtime
+from melodi_otel.testing.powercap import FakePowercap
+
+REQUESTS = 400
+STEPS = 400
+RUNNING = 256
+
+
+class Nowhere(SpanExporter):
+    """Takes spans and drops them."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return SpanExportResult.SUCCESS
+
+
+def provider() -> TracerProvider:
+    """A provider as a server has it: batches."""
+    made = TracerProvider()
+    made.add_span_processor(BatchSpanProcessor(Nowhere()))
+    return made
+
+
+ATTRIBUTES: dict[str, Any] = {
+    "gen_ai.request.max_tokens": 512,
+    "gen_ai.request.temperature": 0.7,
+    "gen_ai.request.top_p": 0.9,
+    "gen_ai.request.top_k": 50.0,
+    "gen_ai.request.seed": 1,
+    "gen_ai.request.choice.count": 2,
+    "gen_ai.request.stream": True,
+    "gen_ai.output.type": "text",
+}
+
+
+def timed(work: Callable[[], None], count: int) -> float:
+    """Microseconds per call."""
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        work()
+    return (time.perf_counter_ns() - start) / count / 1e3
+
+
+def request_cost(runtime: Runtime, rounds: int) -> list[tuple[str, list[float], str]]:
+    """A bare span with 16 attributes against a metered request whose span has the same."""
+    bare_tracer = provider().get_tracer("bare")
+    calls = runtime.calls
+
+    def bare() -> None:
+        span = bare_tracer.start_span("text_completion m", attributes={"gen_ai.operation.name": "chat", **ATTRIBUTES})
+        span.set_attribute("gen_ai.provider.name", "transformers")
+        span.set_attributes(
+            {
+                "gen_ai.request.model": "m",
+                "gen_ai.usage.input_tokens": 12,
+                "gen_ai.usage.output_tokens": 512,
+                "gen_ai.usage.cache_read.input_tokens": 0,
+                "gen_ai.response.finish_reasons": ("stop",),
+                "gen_ai.response.time_to_first_chunk": 0.1,
+            }
+        )
+        span.end()
+
+    def metered() -> None:
+        now = calls.now_ns()
+        call = calls.begin(Begin("chat", "transformers", "m", now, ATTRIBUTES, prompt_tokens=12, cached_tokens=0))
+        with call.active():
+            pass
+        call.end(End(calls.now_ns(), 512, "stop", ("stop",), first_token_ns=now))
+
+    timed(bare, 50), timed(metered, 50)
+    runtime.wait_settled()
+    sides: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        sides[0].append(timed(bare, REQUESTS))
+        sides[1].append(timed(metered, REQUESTS))
+        runtime.wait_settled()
+    ratio = [(b - a) / a for a, b in zip(*sides, strict=True)]
+    return [
+        ("bare span, 16 attributes", sides[0], "µs"),
+        ("metered request, same attributes", sides[1], "µs"),
+        ("added, in bare spans (target ≤ 1)", ratio, "x"),
+    ]
+
+
+def token_cost(runtime: Runtime, rounds: int) -> list[tuple[str, list[float], str]]:
+    """One tick of the step clock, and a whole generate() with and without metering, taking turns."""
+    import torch
+
+    from melodi_otel.testing import tiny_model
+
+    torch.set_num_threads(1)
+    model, tokenizer = tiny_model.llama(), tiny_model.tokenizer()
+    inputs = tokenizer("the quick brown fox", return_tensors="pt")
+    tokens = 128
+
+    def generate() -> None:
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+
+    generate()
+    added: list[float] = []
+    noise: list[float] = []
+    for _ in range(rounds):
+        off = timed(generate, 2)
+        runtime.instrument_libraries()
+        on = timed(generate, 2)
+        runtime.uninstrument_libraries()
+        again = timed(generate, 2)
+        added.append((on - (off + again) / 2) / tokens)
+        noise.append((again - off) / tokens)
+    runtime.wait_settled()
+    unfinished = type(model)._has_unfinished_sequences
+    finished = torch.zeros(1)
+    argument = (False, False, finished.device)
+    ticks: list[float] = []
+    for _ in range(rounds):
+        plain = timed(lambda: unfinished(model, *argument), 2000)
+        runtime.instrument_libraries()
+        wrapped = type(model)._has_unfinished_sequences
+        clocked = timed(lambda: wrapped(model, *argument), 2000)
+        runtime.uninstrument_libraries()
+        ticks.append(clocked - plain)
+    return [
+        ("step clock outside a call, per tick", ticks, "µs"),
+        ("generate() of 128 tokens: added per token (target ≤ 2)", added, "µs"),
+        ("the same without metering, A against A", noise, "µs"),
+    ]
+
+
+def step_cost(rounds: int) -> list[tuple[str, list[float], str]]:
+    """The ledger's own work per engine step of 256 decode rows, drained and settled once per 10 steps."""
+    hook: list[float] = []
+    close: list[float] = []
+    for _ in range(rounds):
+        ledger = Ledger(patience_s=None)
+        ledger.device(Device("GPU-0", "gpu", idle_watts=60.0))
+        engine = EngineId("g", 0)
+        ledger.engine(engine, 0, model="m", devices=("GPU-0",))
+        ledger.counter("GPU-0", 0, 0.0)
+        names = [f"r{n}" for n in range(RUNNING)]
+        for name in names:
+            ledger.open(Key("g", name), 0, engine=engine, prompt_tokens=100)
+        ledger.settle(0)
+        joined = [Joined(name, 100) for name in names]
+        told = settled = 0
+        for n in range(STEPS):
+            start = time.perf_counter_ns()
+            ledger.step(
+                engine, 0, n + 1, n * 10_000_000, (n + 1) * 10_000_000, decode=Decode(RUNNING, 0), joined=joined
+            )
+            told += time.perf_counter_ns() - start
+            joined = []
+            if n % 10 == 9:
+                ledger.counter("GPU-0", (n + 1) * 10_000_000, 3.0 * (n + 1))
+                start = time.perf_counter_ns()
+                ledger.settle((n + 1) * 10_000_000)
+                settled += time.perf_counter_ns() - start
+        hook.append(told / STEPS / 1e3)
+        close.append(settled / STEPS / 1e3)
+    return [
+        ("step of 256 rows: telling the ledger (target ≤ 50)", hook, "µs"),
+        ("step of 256 rows: settling it", close, "µs"),
+    ]
+
+
+def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
+    """CPU of the sampler's thread at 10 Hz with two packages and their DRAM, a request being open."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = FakePowercap(Path(directory) / "sys")
+        for number in range(2):
+            tree.dram(tree.package(number, watts=90.0), watts=5.0)
+        runtime = Runtime(Config(sysfs_root=str(tree.root), sources=("rapl",)), environ={})
+        runtime.start()
+        stop = threading.Event()
+
+        def count() -> None:
+            while not stop.wait(0.01):
+                tree.advance(0.01)
+
+        threading.Thread(target=count, daemon=True).start()
+        found: list[float] = []
+        with runtime.measure("sampling"):
+            time.sleep(0.5)
+            for _ in range(5):
+                before = runtime.sampler.cost.cpu_s
+                time.sleep(seconds / 5)
+                found.append(100 * (runtime.sampler.cost.cpu_s - before) / (seconds / 5))
+        stop.set()
+        runtime.shutdown()
+    return [("sampler, 2 packages + DRAM, 10 Hz, of one core (target ≤ 0.5)", found, "%")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the sampler's measurement")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        tree = FakePowercap(Path(directory) / "sys")
+        tree.package(0, watts=50.0)
+        stop = threading.Event()
+
+        def count() -> None:
+            while not stop.wait(0.01):
+                tree.advance(0.01)
+
+        threading.Thread(target=count, daemon=True).start()
+        runtime = Runtime(Config(sysfs_root=str(tree.root), sources=("rapl",)), environ={}, tracer_provider=provider())
+        runtime.start()
+        rows = request_cost(runtime, options.rounds) + token_cost(runtime, options.rounds)
+        runtime.shutdown()
+        stop.set()
+    rows += step_cost(max(3, options.rounds // 3)) + sampler_cost(options.seconds)
+    print(f"{platform.machine()}, Python {platform.python_version()}, {options.rounds} rounds, sides taking turns\n")
+    print("| what | median | quartiles | unit |\n|---|---|---|---|")
+    for name, values, unit in rows:
+        low, _, high = statistics.quantiles(values, n=4)
+        print(f"| {name} | {statistics.median(values):.3g} | {low:.3g} … {high:.3g} | {unit} |")
+    if options.out:
+        options.out.write_text(json.dumps({name: {"unit": unit, "values": v} for name, v, unit in rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""``melodi-otel doctor``: what will be measured here, what not, and what would change that."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+from melodi_otel.config import INTERNAL, VARIABLES, Config
+from melodi_otel.errors import ConfigError
+from melodi_otel.sources.base import Discovery
+
+EXAMPLE = "Example: melodi-otel doctor --json"
+NOTHING, ONLY_ESTIMATED = 3, 4
+
+_LIBRARIES = ("torch", "transformers", "vllm", "pynvml", "pandas")
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+_WORDS = {"gpu": "GPU", "cpu": "CPU package", "memory": "memory", "host": "whole machine"}
+
+
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="One JSON object on standard output, for programs."),
+) -> None:
+    """Show which meters work here, why the others do not, and how to repair that.
+
+    Exit codes: 0 something measures, 3 nothing does, 4 joules are only estimated, 2 a MELODI_* value cannot be used.
+    """
+    from melodi_otel.runtime import Runtime
+
+    try:
+        config = Config.from_env(os.environ)
+        runtime = Runtime(config)
+    except ConfigError as error:
+        print(json.dumps({"error": str(error)}) if as_json else f"melodi-otel: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    try:
+        report = examine(config, runtime.discovery, os.environ)
+    finally:
+        runtime.shutdown()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    raise typer.Exit(report["exit_code"])
+
+
+def examine(
+    config: Config,
+    discovery: Discovery,
+    environ: Mapping[str, str],
+    find: Callable[[str], str | None] | None = None,
+) -> dict[str, Any]:
+    """Everything that ``doctor`` knows, as JSON-able data.
+
+    Args:
+        config: the configuration in force.
+        discovery: what was found and refused.
+        environ: the environment, for the variables that are set.
+        find: version of a module that can be imported, or None; default: the installed ones.
+    """
+    find = find or installed
+    devices = [device for source in discovery.sources for device in source.devices]
+    measured = [device for device in devices if not device.estimated]
+    return {
+        "verdict": verdict(config, discovery),
+        "exit_code": 0 if measured else (ONLY_ESTIMATED if devices else NOTHING),
+        "disabled": config.disabled,
+        "sources": [
+            {"name": source.name, "devices": [asdict(device) for device in source.devices]}
+            for source in discovery.sources
+        ],
+        "refusals": [asdict(refusal) for refusal in discovery.refusals],
+        "variables": {
+            "set": {name: environ[name] for name in sorted(environ) if name in VARIABLES},
+            "unknown": sorted(
+                name
+                for name in environ
+                if name.startswith("MELODI_") and name not in VARIABLES and name not in INTERNAL
+            ),
+        },
+        "destinations": destinations(config, environ),
+        "libraries": {name: find(name) for name in _LIBRARIES},
+        "user": {"name": environ.get("USER"), "id": os.getuid() if hasattr(os, "getuid") else None},
+        "platform": {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()},
+    }
+
+
+def verdict(config: Config, discovery: Discovery) -> str:
+    """What will be measured on this machine, in one plain sentence."""
+    if config.disabled:
+        return "Nothing is measured, because MELODI_DISABLED is set."
+    measured = _count([d.type for d in discovery.devices if not d.estimated])
+    estimated = [d for d in discovery.devices if d.estimated]
+    if measured:
+        return f"Each request is told its share of the measured joules of {measured}."
+    if estimated:
+        return "No meter works here, so joules are estimated from the load of the CPU, as you asked, and are marked so."
+    helpful = next((r for r in discovery.refusals if r.fix and r.state == "permission_denied"), None)
+    if helpful is not None:
+        return f"Nothing is measured: {helpful.source} is there, but it may not be read. To repair: {helpful.fix}"
+    return (
+        "Nothing is measured: no meter works on this machine. MELODI_SOURCES=estimate estimates joules from the load of "
+        "the CPU."
+    )
+
+
+def _count(types: Sequence[str]) -> str:
+    parts: list[str] = []
+    for kind, word in _WORDS.items():
+        n = types.count(kind)
+        if n:
+            plural = "" if n == 1 or kind == "memory" else "s"
+            parts.append(f"{n} {word}{plural}" if kind != "memory" else "memory")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def destinations(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """Where spans and metrics go, in words that name the variable that decides it."""
+    return {
+        "spans": _otlp("TRACES", environ),
+        "metrics": _otlp("METRICS", environ),
+        "scrape": {
+            None: "off; MELODI_METRICS_ADDR=127.0.0.1:9464 serves /metrics",
+            "off": "off (MELODI_METRICS_ADDR)",
+        }.get(config.metrics_addr, f"http://{config.metrics_addr}/metrics"),
+    }
+
+
+def _otlp(signal: str, environ: Mapping[str, str]) -> str:
+    exporter = environ.get(f"OTEL_{signal}_EXPORTER", "")
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return "off (OTEL_SDK_DISABLED)"
+    if exporter == "none":
+        return f"off (OTEL_{signal}_EXPORTER=none)"
+    if exporter and exporter != "otlp":
+        return f"{exporter} (OTEL_{signal}_EXPORTER)"
+    for name in (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
+        if environ.get(name):
+            return f"{environ[name]} ({name})"
+    return "nowhere; OTEL_EXPORTER_OTLP_ENDPOINT=http://HOST:4318 sends them, or the provider your program sets"
+
+
+def installed(name: str) -> str | None:
+    """The version of a module that can be imported, found without importing it; None where there is none."""
+    try:
+        if importlib.util.find_spec(name) is None:
+            return None
+        return version(_DISTRIBUTIONS.get(name, name))
+    except PackageNotFoundError:
+        return "of unknown version"
+    except (ImportError, ValueError):
+        return None
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """The report for a person."""
+    from melodi_otel.results.terminal import Table, console, escape
+
+    screen = console()
+    screen.print(report["verdict"], style="bold", markup=False, soft_wrap=True)
+    table = Table(title="Meters", title_justify="left", header_style="bold")
+    for heading in ("source", "device", "type", "what it is", "joules from"):
+        table.add_column(heading, overflow="fold")
+    for source in report["sources"]:
+        for device in source["devices"]:
+            method = device["source"] + (" (estimated)" if device["estimated"] else "")
+            cells = (source["name"], device["id"], device["type"], device["name"] or "", method)
+            table.add_row(*(escape(str(cell)) for cell in cells))
+    if report["sources"]:
+        screen.print(table)
+    if report["refusals"]:
+        screen.print("Not used", style="bold")
+    for refusal in report["refusals"]:
+        screen.print(f"  {refusal['source']} [{refusal['state']}]: {refusal['reason']}", markup=False, soft_wrap=True)
+        if refusal["fix"]:
+            screen.print(f"    to repair: {refusal['fix']}", markup=False, soft_wrap=True)
+    screen.print("Settings", style="bold")
+    for name, value in report["variables"]["set"].items():
+        screen.print(f"  {name}={value}", markup=False, soft_wrap=True)
+    for name in report["variables"]["unknown"]:
+        screen.print(f"  {name} is unknown and ignored", markup=False, soft_wrap=True)
+    if not report["variables"]["set"] and not report["variables"]["unknown"]:
+        screen.print("  no MELODI_* variable is set")
+    screen.print("Destinations", style="bold")
+    for what, where in report["destinations"].items():
+        screen.print(f"  {what}: {where}", markup=False, soft_wrap=True)
+    screen.print("Libraries", style="bold")
+    for name, found in report["libraries"].items():
+        screen.print(f"  {name}: {found or 'not installed'}", markup=False, soft_wrap=True)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from melodi_otel.cli.app import app
+from melodi_otel.cli.doctor import destinations, examine, installed, verdict
+from melodi_otel.config import Config
+from melodi_otel.sources.base import Discovery, Refusal
+
+
+def invoke(*words, **env):
+    return CliRunner().invoke(app, ["doctor", *words], env={key: str(value) for key, value in env.items()})
+
+
+def test_a_machine_that_measures(runtime):
+    """Exit 0, the sentence, the device, and the reason of what is not used; nothing was started."""
+    result = invoke()
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "Each request is told its share of the measured joules of 1 CPU package."
+    assert "intel-rapl:0" in result.stdout
+    assert "nvml [library_missing]: no NVML" in result.stdout
+    assert runtime.made[0].log == ["shutdown"]
+
+
+def test_json_is_the_same_report(runtime):
+    """--json is one object with verdict, sources, refusals, variables, destinations, libraries."""
+    result = invoke("--json", MELODI_SOURCES="rapl", MELODI_TYPO="1")
+    report = json.loads(result.stdout)
+    assert report["exit_code"] == result.exit_code == 0
+    assert report["sources"][0]["devices"][0]["id"] == "intel-rapl:0"
+    assert report["refusals"][0]["state"] == "library_missing"
+    assert report["variables"] == {"set": {"MELODI_SOURCES": "rapl"}, "unknown": ["MELODI_TYPO"]}
+    assert set(report["destinations"]) == {"spans", "metrics", "scrape"}
+    assert set(report["libraries"]) == {"torch", "transformers", "vllm", "pynvml", "pandas"}
+
+
+def test_only_refusals(runtime, kit, monkeypatch):
+    """Exit 3 and the exact fix where nothing measures."""
+    monkeypatch.setattr(runtime, "found", Discovery((), (kit.DENIED,)))
+    result = invoke()
+    assert result.exit_code == 3
+    assert "Nothing is measured: rapl is there, but it may not be read." in result.stdout
+    assert "to repair: chmod -R a+r /sys/class/powercap/*" in result.stdout
+
+
+def test_only_estimated(runtime, kit, monkeypatch):
+    """Exit 4 where joules are only estimated: nobody takes them for measured."""
+    monkeypatch.setattr(runtime, "found", Discovery((kit.Meter("estimate", kit.GUESS),)))
+    result = invoke()
+    assert result.exit_code == 4
+    assert "estimated from the load of the CPU" in result.stdout
+
+
+def test_a_bad_value(runtime):
+    """Exit 2 and the variable, its value and what is allowed."""
+    result = invoke(MELODI_PUE="0.1")
+    assert result.exit_code == 2
+    assert "MELODI_PUE='0.1' cannot be used" in result.stderr
+    assert "a number from 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (["gpu"], "1 GPU"),
+        (["gpu", "gpu", "cpu", "cpu", "memory", "memory"], "2 GPUs, 2 CPU packages and memory"),
+        (["cpu", "memory"], "1 CPU package and memory"),
+    ],
+)
+def test_the_sentence_counts_devices(kit, devices, words):
+    """The sentence names what is measured."""
+    from dataclasses import replace
+
+    source = kit.Meter("x", *(replace(kit.RAPL, id=str(n), type=kind) for n, kind in enumerate(devices)))
+    assert verdict(Config(), Discovery((source,))).endswith(f"joules of {words}.")
+
+
+def test_the_sentence_when_disabled_or_without_any_meter():
+    """Disabled, or no meter at all: the variable that decides it is named."""
+    assert "MELODI_DISABLED" in verdict(Config(disabled=True), Discovery())
+    none = verdict(Config(), Discovery((), (Refusal("rapl", "no_device", "no powercap"),)))
+    assert "MELODI_SOURCES=estimate" in none
+
+
+@pytest.mark.parametrize(
+    ("environ", "spans"),
+    [
+        ({}, "nowhere"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, "http://c:4318 (OTEL_EXPORTER_OTLP_ENDPOINT)"),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "a", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "b"},
+            "b (OTEL_EXPORTER_OTLP_TRACES",
+        ),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "a"}, "off (OTEL_TRACES_EXPORTER=none)"),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "console (OTEL_TRACES_EXPORTER)"),
+        ({"OTEL_SDK_DISABLED": "true"}, "off (OTEL_SDK_DISABLED)"),
+    ],
+)
+def test_where_spans_go(environ, spans):
+    """The destination is told with the variable that decides it."""
+    assert destinations(Config(), environ)["spans"].startswith(spans)
+
+
+def test_where_metrics_are_scraped():
+    """Off by default, off by wish, or the address."""
+    assert destinations(Config(), {})["scrape"].startswith("off; MELODI_METRICS_ADDR=")
+    assert destinations(Config(metrics_addr="off"), {})["scrape"] == "off (MELODI_METRICS_ADDR)"
+    assert destinations(Config(metrics_addr="h:1"), {})["scrape"] == "http://h:1/metrics"
+
+
+def test_libraries_are_found_without_importing():
+    """A missing library is None, one that is there has its version."""
+    assert installed("no_such_module_at_all") is None
+    assert installed("typer")
+
+
+def test_text_with_brackets_is_shown_as_it_is(runtime, kit, monkeypatch):
+    """A reason or a fix with [brackets] loses nothing."""
+    refusal = Refusal("x", "refused", "see [the log]", 'pip install "melodi-otel[nvidia]"')
+    monkeypatch.setattr(runtime, "found", Discovery((), (refusal,)))
+    out = invoke().stdout
+    assert "see [the log]" in out
+    assert 'pip install "melodi-otel[nvidia]"' in out
+
+
+def test_report_is_json_able(kit):
+    """Every part of the report survives JSON."""
+    report = examine(Config(), Discovery((kit.Meter("rapl", kit.RAPL),), (kit.DENIED,)), {}, find=lambda name: None)
+    assert json.loads(json.dumps(report)) == report
