@@ -108,8 +108,10 @@ class Runtime:
         self._process = ProcessClock(config.procfs_root)
         self.sampler = self._make_sampler()
         self._publisher = Publisher()
+        longest = max((wait_s(device) for device in self._devices.values()), default=1.0)
+        span_wait_s = longest if config.span_wait is None else config.span_wait
         self._deferral = Deferral(
-            self.clock, wait_s=self._span_wait_s, limit=config.span_limit, devices=self.devices, why=self._why
+            self.clock, wait_s=lambda: span_wait_s, limit=config.span_limit, devices=self.devices, why=self._why
         )
         identity = ((semconv.SERVICE_NAME, service), (semconv.SERVICE_NAMESPACE, namespace))
         views = Views(
@@ -330,11 +332,6 @@ class Runtime:
             labels.get(semconv.SERVICE_NAMESPACE),
             self._metric_labels.clip(labels),
         )
-
-    def _span_wait_s(self) -> float:
-        if self.config.span_wait is not None:
-            return self.config.span_wait
-        return max((wait_s(device) for device in self._devices.values()), default=1.0)
 
     def _why(self) -> Reason:
         return (

@@ -262,15 +262,18 @@ class Core:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []
         for activity in list(self.roster.activities.values()):
-            if activity.probe is None or activity.close_ns is not None:
-                continue
-            try:
-                told.append((activity.key, activity.probe()))
-            except Exception:
-                log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
-                activity.probe = None
+            tokens = _ask(activity) if activity.close_ns is None else None
+            if tokens is not None:
+                told.append((activity.key, tokens))
         self._moved = False
         return told
+
+    def last_probe(self, key: Key) -> None:
+        """A request is about to close: what it has not handed over yet lands in the inbox now."""
+        activity = self.roster.activities.get(key)
+        if activity is not None and activity.close_ns is None:
+            _ask(activity)
+            activity.probe = None
 
     def advance(self, now_ns: int, *, force: bool = False) -> None:
         """Close intervals and finish requests."""
@@ -461,3 +464,14 @@ class Core:
             activity.future.set_result(shares)
         except Exception:
             log.warning("melodi_otel: a listener to finished requests failed", exc_info=True)
+
+
+def _ask(activity: Activity) -> int | None:
+    if activity.probe is None:
+        return None
+    try:
+        return activity.probe()
+    except Exception:
+        log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
+        activity.probe = None
+        return None

@@ -225,7 +225,7 @@ class Ledger:
         """See :meth:`melodi_otel.attribution.meter.Meter.close`."""
         future: Future[list[Share]] = Future()
         arguments = (key, t_ns, output_tokens, outcome, first_token_ns, prompt_tokens, cached_tokens, future)
-        self._inbox.append((self._core.close, arguments))
+        self._inbox.append((self._close, arguments))
         self._count(-1, t_ns)
         return future
 
@@ -266,7 +266,12 @@ class Ledger:
 
     def waiting(self) -> int:
         """Requests that are closed and not settled yet."""
-        return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._core.close)
+        return self._core.pending + sum(1 for call, _ in list(self._inbox) if call in (self._close, self._core.close))
+
+    def _close(self, key: Key, *rest: Any) -> None:
+        # The last probe may hand over steps: they land behind this message, so the close goes behind them.
+        self._core.last_probe(key)
+        self._inbox.append((self._core.close, (key, *rest)))
 
     def _count(self, change: int, t_ns: int) -> None:
         if self._watch is not None:

@@ -8,7 +8,6 @@ nothing. Without a recording span (head sampling, no exporter) the request is me
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from melodi_otel.instrumentation.seam import AttributeValue, Begin, End
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Delivery
+from melodi_otel.telemetry.forks import in_child
 
 Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
 
@@ -63,6 +63,8 @@ class RequestCalls:
         self._meter = meter
         self._group = group
         self.clock: Final = clock
+        # Not a method: the step clock asks once per token.
+        self.now_ns: Callable[[], int] = clock.monotonic_ns
         self._tracer = tracer
         self.deferral: Final = deferral
         self._observers = tuple(observers)
@@ -77,6 +79,12 @@ class RequestCalls:
         self._open: dict[Key, _Call] = {}
         self._delivery = Delivery()
         self.complain: Final = Complaints("requests")
+        in_child(self._forked)
+
+    def _forked(self) -> None:
+        # Parent and child go on counting from the same number: their ids must differ in something else.
+        self._salt = secrets.token_hex(4)
+        self._open = {}
 
     @property
     def meter(self) -> Meter:
@@ -86,13 +94,9 @@ class RequestCalls:
     def group(self) -> str:
         return self._group
 
-    def now_ns(self) -> int:
-        return self.clock.monotonic_ns()
-
     def begin(self, begin: Begin) -> _Call:
         """Open the activity and start the span; whatever fails here, the caller gets a call that can be ended."""
-        # The pid keeps a forked child's ids apart from its parent's: both go on counting from the same number.
-        call = _Call(self, Key(self._group, f"{os.getpid():x}-{self._salt}-{next(self._numbers)}"), begin)
+        call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
         try:
             call.start(self._tracer(), self._identity, self._labels)
         except Exception as error:

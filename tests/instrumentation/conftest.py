@@ -101,6 +101,8 @@ class Recorded:
         self.children.append(child_id)
 
     def end(self, end):
+        if self.begin.probe is not None:
+            self.begin.probe()  # as a meter does before a close takes effect
         self.steps_at_end = len(self.calls.meter.steps)
         self.ends.append(end)
 

@@ -181,18 +181,20 @@ def test_probe_does_not_wait(calls):
         assert steps.probe() == 2
     assert calls.meter.steps == []
     steps.close()
+    steps.probe()
     assert len(calls.meter.steps) == 2
 
 
-def test_nothing_after_the_close(calls):
-    """After the close no step is handed over, whoever asks."""
+def test_nothing_after_the_last_probe(calls):
+    """The probe that follows the close hands over what is left; after it no step comes, whoever asks."""
     steps = steps_of(PROMPT)
     steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
     steps.ticks.extend([10, 20])
     steps.close()
+    assert calls.meter.steps == []
+    steps.probe()
     steps.ticks.append(30)
     steps.probe()
-    steps.close()
     assert len(calls.meter.steps) == 1
 
 
@@ -211,9 +213,10 @@ def test_two_threads_hand_over_once(calls):
     prober.start()
     for tick in range(1, 2000):
         steps.ticks.append(tick)
-    steps.close()
     stop.set()
     prober.join()
+    steps.close()
+    steps.probe()
     assert [step.seq for step in calls.meter.steps] == list(range(1, 2000))
 
 
@@ -224,6 +227,7 @@ def test_unknown_prompt(calls):
     steps.ticks.extend([10, 20])
     assert steps.probe() == 1
     steps.close()
+    steps.probe()
     assert calls.meter.steps == []
 
 

@@ -9,7 +9,7 @@ when the host has waited for the device. So call 1 is the start of the loop and 
       |   prefill + 1st token  |  2nd token  |                    |     which also gives the first token
 
 The generating thread appends one integer per step and nothing else. Whoever wants them (the thread that settles, at every
-movement of a sensor; the end of the call for the rest) turns new times into ``Meter.step``.
+movement of a sensor and once more when the call is over) turns new times into ``Meter.step``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from melodi_otel.attribution.meter import Decode, EngineId, Joined, Meter, Prefi
 from melodi_otel.instrumentation.transformers.request import Request
 
 _NONE: Final = Decode(0, 0)
-_PATIENCE_S: Final = 1.0
-"""How long the end of a call waits for a hand-over in progress on another thread; after a fork there is none to wait for."""
 
 
 class Steps:
@@ -50,6 +48,7 @@ class Steps:
         "_lane",
         "_lock",
         "_meter",
+        "_over",
         "_returned",
         "_sent",
         "_start_ns",
@@ -74,6 +73,7 @@ class Steps:
         self._context = 0
         self._sent = 0
         self._closed = False
+        self._over = False
         self._lock = threading.Lock()
 
     @property
@@ -112,21 +112,16 @@ class Steps:
         """Hand over what is new, unless another thread is at it, and say how many tokens there are."""
         if self._lock.acquire(blocking=False):
             try:
-                self._hand_over(early=True)
+                over = self._over
+                self._hand_over(early=not over)
+                self._closed |= over
             finally:
                 self._lock.release()
         return self.output_tokens()
 
     def close(self) -> None:
-        """Hand over everything; nothing is handed over afterwards."""
-        if self._lock.acquire(timeout=_PATIENCE_S):
-            try:
-                if not self._closed:
-                    self._hand_over(early=False)
-            finally:
-                self._closed = True
-                self._lock.release()
-        self._closed = True
+        """The call is over: the next probe hands over what is left, and the last one that does."""
+        self._over = True
 
     def _hand_over(self, *, early: bool) -> None:
         meter, engine, prompt = self._meter, self._engine, self.prompt
@@ -136,18 +131,24 @@ class Steps:
             prompt.settle()
         if prompt.tokens is None or prompt.computed is None:
             return  # what a step computed is not known (yet): better none than invented ones
+        step, lane, devices, members = meter.step, self._lane, self._devices, len(self._children)
         for index in range(self._sent + 1, self.done + 1):
             t0_ns = self._start_ns if index == 1 else self.ticks[index - 1]
             t1_ns = self.ticks[index]
             self._sent = index
+            if index > 2 and self._cache and not self.drafts:
+                # Nearly all steps are of this kind: the same rows, one token each.
+                decode = Decode(members, self._context + members * (index - 2))
+                step(engine, lane, index, t0_ns, t1_ns, devices, decode=decode)
+                continue
             decode, prefill, verified, joined = self._work(index, prompt.tokens, prompt.computed)
-            meter.step(
+            step(
                 engine,
-                self._lane,
+                lane,
                 index,
                 t0_ns,
                 t1_ns,
-                self._devices,
+                devices,
                 decode=decode,
                 prefill=prefill,
                 computed=verified,
@@ -171,6 +172,7 @@ class Steps:
             self._context = sum(tokens) * self._copies
             joined = [Joined(c, all_) for c, all_, _ in self._rows(tokens, computed)]
             return Decode(len(self._children), self._context), (), (), joined
+        # assisted decoding that fell back to a plain step
         members = len(self._children)
         return Decode(members, self._context + members * (index - 2)), (), (), ()
 
