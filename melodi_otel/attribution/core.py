@@ -187,13 +187,6 @@ class Core:
             self._learn_counts(activity, first_token_ns, prompt_tokens, cached_tokens)
             activity.told(t_ns, output_tokens)
             activity.counted = True
-            self._seen(activity, "tokens")
-
-    def probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
-        activity = self.roster.activities.get(key)
-        if activity is not None and activity.close_ns is None:
-            activity.told(t_ns, output_tokens)
-            activity.counted = True
             # A request that computes on a thread of its own hands over its steps; until then its engine's kind is open.
             if not activity.own_lane:
                 self._seen(activity, "tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
 from melodi_otel.attribution.activity import Accrual, Activity
@@ -16,6 +17,8 @@ from melodi_otel.attribution.slices import slice_cells
 from melodi_otel.attribution.weights import CostModel, EngineFacts
 from melodi_otel.timeline.timeline import Interval
 
+DENSEST: Final = 20.0
+"""Work that fills a part of an interval claims at most this many times that part of its dynamic joules."""
 ASSUMING: tuple[Tier, ...] = ("phase", "window", "equal")
 """Tiers whose figures are interpolated rather than measured."""
 
@@ -53,13 +56,15 @@ class IntervalCloser:
             account.book("foreign", others, None)
             joules -= others
         cells = self._cells(account, interval, engines)
-        unworked = 0.0
+        idle_part = unworked_part(t0, t1, cells)
         if account.baseline.watts is None:
             # What is idle and what is work cannot be told apart yet: the border of the work is cut by time alone.
             static = 0.0
-            unworked = joules * unworked_part(t0, t1, cells)
+            unworked = joules * idle_part
         else:
             static = min(account.baseline.watts * (t1 - t0) / 1e9, joules)
+            # A request that begins a millisecond before the end of a long interval did not cause what happened in it.
+            unworked = (joules - static) * max(0.0, 1.0 - DENSEST * (1.0 - idle_part))
         foreign, pools = self._pools(account, interval, cells, joules - static - unworked)
         process = bool(account.cpu.series) and account.device.type != "gpu"
         for cell in cells:
@@ -69,14 +74,15 @@ class IntervalCloser:
                 cell.alone = False
         shared = shared_static(self._policy, static)
         division = divide(t0, t1, shared, pools)
-        idle_static = division.idle_static + (static - shared) + unworked
+        idle_static = division.idle_static + (static - shared)
+        unclaimed = division.unclaimed + unworked
         loading = max((engine.loading_part(t0, t1) for engine in engines), default=0.0)
         holder = self._holder(engines)
         account.book("foreign", foreign, None)
-        account.book("loading", loading * (idle_static + division.unclaimed), holder)
+        account.book("loading", loading * (idle_static + unclaimed), holder)
         account.book("idle", (1.0 - loading) * idle_static, holder)
         recent = account.last_work_ns is not None and 0 <= t0 - account.last_work_ns < TAIL_NS
-        account.book("tail" if recent else "idle", (1.0 - loading) * division.unclaimed, holder)
+        account.book("tail" if recent else "idle", (1.0 - loading) * unclaimed, holder)
         for given in division.given:
             self._accrue(account, given, t1 - t0)
             given.activity.accruals[account.device.id].foreign |= foreign > 0.0

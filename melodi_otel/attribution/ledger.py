@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Final
 
 from melodi_otel.attribution.books import Snapshot, Who
@@ -80,6 +81,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._counting = threading.Lock()
         self._open = 0
+        self._settling = 0
         self._core = self._make()
         self._snapshot = _EMPTY
         self.refused = 0
@@ -197,7 +199,10 @@ class Ledger:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
         named = None if devices is None else tuple(devices)
         arguments = (engine, lane, seq, t0_ns, t1_ns, named, decode, prefill, computed, joined, left)
-        self._inbox.append((self._core.step, arguments))
+        if threading.get_ident() == self._settling:
+            self._take(self._core.step, arguments)  # a probe hands over steps: they come before whatever follows it
+        else:
+            self._inbox.append((self._core.step, arguments))
 
     def work(
         self,
@@ -233,7 +238,7 @@ class Ledger:
 
     def settle(self, now_ns: int) -> None:
         """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot."""
-        with self._lock:
+        with self._lock, self._as_settler():
             self._drain()
             if self._core.sensor_moved():
                 self._read_probes(now_ns)
@@ -243,7 +248,7 @@ class Ledger:
 
     def flush(self, now_ns: int) -> None:
         """The end: decide what was held back, close every covered interval, settle every closed request."""
-        with self._lock:
+        with self._lock, self._as_settler():
             self._drain()
             self._read_probes(now_ns)
             self._core.flush(now_ns)
@@ -266,12 +271,12 @@ class Ledger:
 
     def waiting(self) -> int:
         """Requests that are closed and not settled yet."""
-        return self._core.pending + sum(1 for call, _ in list(self._inbox) if call in (self._close, self._core.close))
+        return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._close)
 
     def _close(self, key: Key, *rest: Any) -> None:
-        # The last probe may hand over steps: they land behind this message, so the close goes behind them.
+        # The last probe hands over the steps that are left, and then the close takes effect.
         self._core.last_probe(key)
-        self._inbox.append((self._core.close, (key, *rest)))
+        self._take(self._core.close, (key, *rest))
 
     def _count(self, change: int, t_ns: int) -> None:
         if self._watch is not None:
@@ -280,20 +285,34 @@ class Ledger:
                 now_open = self._open
             self._watch(now_open, t_ns)
 
+    @contextmanager
+    def _as_settler(self) -> Generator[None]:
+        self._settling = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._settling = 0
+
     def _read_probes(self, now_ns: int) -> None:
         for key, tokens in self._core.read_probes():
-            self._inbox.append((self._core.probed, (key, now_ns, tokens)))
+            self._inbox.append((self._core.progress, (key, now_ns, tokens, None, None, None)))
         self._drain()
 
     def _drain(self) -> None:
         inbox = self._inbox
         while inbox:
             call, arguments = inbox.popleft()
-            try:
-                if self._tap is not None:
-                    self._tap(call.__name__, arguments)
+            if call == self._close:
                 call(*arguments)
-            except Exception:
-                # One bad message must not stop the books of everybody else.
-                self.refused += 1
-                log.warning("melodi_otel: a message to the ledger was refused", exc_info=True)
+            else:
+                self._take(call, arguments)
+
+    def _take(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            if self._tap is not None:
+                self._tap(call.__name__, arguments)
+            call(*arguments)
+        except Exception:
+            # One bad message must not stop the books of everybody else.
+            self.refused += 1
+            log.warning("melodi_otel: a message to the ledger was refused", exc_info=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from typing import Any
 
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Key, Share
@@ -23,6 +24,7 @@ class Machine:
         sysfs: the root of a fake powercap tree.
         nvml_library: a fake NVML library.
         environ: e.g. ``CUDA_VISIBLE_DEVICES``.
+        tap: sees every message to the ledger, e.g. a recorder's.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class Machine:
         sysfs: str = "/nonexistent",
         nvml_library: str | None = None,
         environ: Mapping[str, str] | None = None,
+        tap: Callable[[str, tuple[Any, ...]], None] | None = None,
     ) -> None:
+        self._tap = tap
         self.clock = ManualClock()
         self._tick = tick
         self._settings = Settings(self.clock, environ or {}, sysfs=sysfs, nvml_library=nvml_library)
@@ -42,7 +46,9 @@ class Machine:
         """Discover, and take the first reading."""
         self.discovery: Discovery = discover(self._settings, wanted)
         self.devices = {device.id: device for device in self.discovery.devices}
-        self.ledger = Ledger(patience_s=None, watch=lambda count, t_ns: self.sampler.activity(count, t_ns))
+        self.ledger = Ledger(
+            patience_s=None, tap=self._tap, watch=lambda count, t_ns: self.sampler.activity(count, t_ns)
+        )
         for device in self.discovery.devices:
             self.ledger.device(device)
         readings = Readings(self.ledger, self.devices, lambda: None, self.clock)

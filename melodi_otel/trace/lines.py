@@ -12,7 +12,10 @@ import msgspec
 
 
 class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=True):
-    """A device; ``null`` = unknown. ``idle_watts`` absent: the baseline is learnt."""
+    """A device; ``null`` = unknown. ``idle_watts`` absent: the baseline is learnt.
+
+    ``source``, ``estimated`` and ``relative_uncertainty`` keep an estimate an estimate when it is replayed.
+    """
 
     id: str
     type: str = "gpu"
@@ -22,6 +25,10 @@ class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=T
     peak_flops: float | None = None
     bytes_per_s: float | None = None
     name: str | None = None
+    source: str = ""
+    estimated: bool = False
+    relative_uncertainty: float = 0.0
+    fraction: float = 1.0
 
 
 class EngineLine(msgspec.Struct, tag="engine", tag_field="kind", omit_defaults=True):
@@ -52,8 +59,12 @@ class SampleLine(msgspec.Struct, tag="sample", tag_field="kind", omit_defaults=T
     watts: float | None = None
 
 
+NO_ENGINE: Final = ""
+"""``engine`` of an activity that is a block of code and not a request to an engine (absent: implied by the devices)."""
+
+
 class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True):
-    """A request begins."""
+    """A request begins. ``thread``: it is computed by a thread of its own, whose steps are its alone."""
 
     t: float
     id: str
@@ -63,6 +74,7 @@ class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True)
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     parent: str | None = None
+    thread: int | None = None
 
 
 class BindLine(msgspec.Struct, tag="bind", tag_field="kind", omit_defaults=True):

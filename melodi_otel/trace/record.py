@@ -7,6 +7,7 @@ their full work.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,6 @@ class Recorder:
             "open": self._open,
             "bind": self._bind,
             "progress": self._progress,
-            "probed": self._probed,
             "step": self._step,
             "work": self._work,
             "close": self._close,
@@ -65,19 +65,29 @@ class Recorder:
         try:
             writer(*arguments)
         except OSError as error:
-            log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
-            self._file = None
+            self._give_up(error)
 
     def flush(self) -> None:
         """Hand what is buffered to the operating system."""
-        if self._file is not None:
-            self._file.flush()
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Finish the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.flush()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _line(self, line: msgspec.Struct) -> None:
         if self._file is not None:
@@ -97,6 +107,10 @@ class Recorder:
                 device.peak_flops,
                 device.bytes_per_s,
                 device.name,
+                device.source,
+                device.estimated,
+                device.relative_uncertainty,
+                device.fraction,
             )
         )
 
@@ -163,12 +177,13 @@ class Recorder:
             form.OpenLine(
                 seconds(t_ns),
                 key.request,
-                None if engine is None else engine_name(engine),
+                form.NO_ENGINE if engine is None else engine_name(engine),
                 self._all(devices),
                 model,
                 prompt_tokens,
                 cached_tokens,
                 None if parent is None else parent.request,
+                thread,
             )
         )
 
@@ -186,9 +201,6 @@ class Recorder:
     ) -> None:
         first = None if first_token_ns is None else seconds(first_token_ns)
         self._line(form.TokensLine(seconds(t_ns), key.request, output_tokens, first, prompt_tokens, cached_tokens))
-
-    def _probed(self, key: Key, t_ns: int, output_tokens: int) -> None:
-        self._line(form.TokensLine(seconds(t_ns), key.request, output_tokens))
 
     def _step(
         self,

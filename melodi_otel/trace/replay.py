@@ -158,6 +158,10 @@ class Replay:
                 period_s=line.period_s,
                 peak_flops=line.peak_flops,
                 bytes_per_s=line.bytes_per_s,
+                source=line.source,
+                estimated=line.estimated,
+                relative_uncertainty=line.relative_uncertainty,
+                fraction=line.fraction,
             )
         )
 
@@ -211,12 +215,13 @@ class Replay:
         self._ledger.open(
             Key(GROUP, line.id),
             self._now(line.t),
-            engine=self._implied(line.engine, line.devices),
+            engine=None if line.engine == form.NO_ENGINE else self._implied(line.engine, line.devices),
             devices=line.devices,
             model=line.model,
             prompt_tokens=line.prompt_tokens,
             cached_tokens=line.cached_tokens,
             parent=None if line.parent is None else Key(GROUP, line.parent),
+            thread=line.thread,
         )
 
     def _step(self, line: form.StepLine) -> None:

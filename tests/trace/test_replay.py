@@ -375,7 +375,7 @@ def test_final_times_are_when_it_was_known() -> None:
 def test_a_request_of_another_thread_is_in_the_only_block() -> None:
     """A request without a parent belongs to the one block that is open, which then owns only the rest."""
     bare = {"prompt_tokens": None}
-    lines = [gpu(0.0), ENGINE, {**opened(0, "block", **bare), "engine": None, "devices": None}, at(0, 0)]
+    lines = [gpu(0.0), ENGINE, {**opened(0, "block", **bare), "engine": "", "devices": None}, at(0, 0)]
     lines += [
         opened(1, "a"),
         step(1, 2, a=[9, 0, 9]),
@@ -387,3 +387,11 @@ def test_a_request_of_another_thread_is_in_the_only_block() -> None:
     lines += [at(3, 120)]
     shares, _ = run(lines)
     assert shares["a", "G"]["joules"] == pytest.approx(100.0)
+
+
+def test_a_sliver_does_not_claim_the_interval() -> None:
+    """A request that begins 1 ms before the end of a busy second gets at most 20 times its time's part of the second."""
+    lines = [gpu(0.0), at(0, 0), opened(0.999, "a"), at(1.0, 100), closed(2, "a"), at(2, 150)]
+    shares, books = run(lines)
+    assert shares["a", "G"]["joules"] == pytest.approx(100 * 0.001 * 20 + 50)
+    assert books["G"]["idle"] == pytest.approx(98.0)

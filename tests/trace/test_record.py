@@ -1,0 +1,83 @@
+"""A recorded run, replayed, gives the same shares and the same books."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill
+from melodi_otel.testing.machine import Machine
+from melodi_otel.testing.powercap import FakePowercap
+from melodi_otel.trace.record import Recorder
+from melodi_otel.trace.replay import replay
+
+ENGINE = EngineId("g", 0)
+
+
+def test_replay_equals_the_run(tmp_path: Path) -> None:
+    """Requests, steps in delta form, bound rows, a nested block, a wrap, a gauge-free package with memory: all the same."""
+    tree = FakePowercap(tmp_path / "sys")
+    package = tree.package(0, watts=70.0, energy_uj=65_532_610_987 - 30_000_000, range_uj=65_532_610_987)
+    tree.dram(package, watts=9.0)
+    recorder = Recorder(tmp_path / "trace.jsonl")
+    rig = Machine(tree.advance, sysfs=str(tree.root), tap=recorder.tap)
+    rig.start("rapl")
+    rig.run(2.0)
+    ledger, now = rig.ledger, rig.clock.monotonic_ns
+    devices = tuple(rig.devices)
+    block = rig.open()
+    ledger.engine(ENGINE, now(), model="m", devices=devices, parameters=1e9, kv_bytes_per_token=1000.0)
+    ledger.open(Key("g", "a"), now(), engine=ENGINE, model="m", prompt_tokens=50, parent=block)
+    ledger.bind(Key("g", "a"), "a.0")
+    ledger.bind(Key("g", "a"), "a.1")
+    ledger.open(Key("g", "b"), now(), engine=ENGINE, model="m", prompt_tokens=20, parent=block)
+    joined = [Joined("a.0", 50), Joined("a.1", 50)]
+    futures = []
+    for n in range(1, 40):
+        start = now()
+        rig.run(0.03)
+        prefill = [Prefill("b", 20, 0)] if n == 5 else []
+        joined += [Joined("b", 20)] if n == 6 else []
+        left = ["a.1"] if n == 20 else []
+        members = 2 + (n >= 6) - (n >= 20)
+        ledger.step(ENGINE, 0, n, start, now(), decode=Decode(members, 0), prefill=prefill, joined=joined, left=left)
+        joined = []
+        if n == 30:
+            futures.append(ledger.close(Key("g", "a"), now(), 50, "stop"))
+            ledger.progress(Key("g", "b"), now(), 25)
+    futures += [ledger.close(Key("g", "b"), now(), 34, "length"), rig.close(block)]
+    rig.run(3.0)
+    for future in futures:
+        rig.energy(future)
+    recorder.close()
+    lines = (tmp_path / "trace.jsonl").read_bytes().splitlines()
+    rows = list(replay(lines))
+    replayed = {(row["id"], row["device"]): row for row in rows if row["kind"] == "share"}
+    for share in (share for future in futures for share in future.result(0)):
+        row = replayed.pop((share.key.request, share.device))
+        assert row["joules"] == pytest.approx(share.joules, rel=1e-9)
+        assert row["static"] == pytest.approx(share.static, rel=1e-9)
+        assert (row["method"], row["quality"], row["coverage"]) == (share.method, share.quality, share.coverage)
+    assert not replayed
+    books = {row["device"]: row for row in rows if row["kind"] == "books"}
+    for name, live in rig.ledger.snapshot().books.items():
+        assert books[name]["measured"] == pytest.approx(live.measured, rel=1e-9)
+        assert books[name]["attributed"] == pytest.approx(live.attributed, rel=1e-9)
+
+
+def test_a_full_disk_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When the trace cannot be written any more there is one warning and the run goes on."""
+    tree = FakePowercap(tmp_path / "sys")
+    tree.package(0, watts=10.0)
+    recorder = Recorder("/dev/full")
+    rig = Machine(tree.advance, sysfs=str(tree.root), tap=recorder.tap)
+
+    rig.start("rapl")
+    with caplog.at_level(logging.WARNING):
+        rig.run(1.0)
+        recorder.flush()
+        assert rig.request(1.0).total == pytest.approx(10.0)
+        recorder.close()
+    assert caplog.text.count("recording stops") == 1
