@@ -66,7 +66,6 @@ class Runtime:
 
     Raises:
         ConfigError: a configured value cannot be used.
-        OSError: the trace file of ``MELODI_RECORD`` cannot be written.
     """
 
     def __init__(
@@ -91,12 +90,12 @@ class Runtime:
         service = _service(resource.attributes.get(semconv.SERVICE_NAME))
         namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
         self._metric_labels = MetricLabels(config.metric_labels, config.label_limit)
-        self._recorder = Recorder(config.record, host) if config.record else None
+        self._host = host
+        self._recorder: Recorder | None = None
         self.ledger = Ledger(
             policy=config.static_policy,
             host_devices=host,
             who=self._who,
-            tap=self._recorder.tap if self._recorder else None,
             watch=self._watch,
         )
         for device in self._devices.values():
@@ -170,10 +169,17 @@ class Runtime:
         return self.ledger.snapshot()
 
     def start(self) -> None:
-        """Start sampling, settling and, where asked for, the scrape endpoint; a second call does nothing."""
+        """Start sampling, settling and, where asked for, the scrape endpoint; a second call does nothing.
+
+        Raises:
+            OSError: the trace file of ``MELODI_RECORD`` cannot be written.
+        """
         with self._lock:
             if self._started:
                 return
+            if self.config.record:
+                self._recorder = Recorder(self.config.record, self._host)
+                self.ledger.tap(self._recorder.tap)
             self._started = True
             self._stopping = False
             log.info(describe(self.discovery))
@@ -316,6 +322,7 @@ class Runtime:
         self._settler = None
         self._stale = True
         self._recorder = None
+        self.ledger.tap(None)
         self.store.forked()
         self.ledger.reset()
 
@@ -436,7 +443,8 @@ def _at_exit() -> None:
     if runtime is None:
         return
     uninstrument()
-    if _console:
+    # A helper process that ran no model has nothing to say.
+    if _console and runtime.store.total:
         print_summary(runtime.store.recent(), runtime.snapshot(), runtime.devices())
 
 

@@ -75,6 +75,10 @@ class Ledger:
         self._devices: list[Device] = []
         self.reset()
 
+    def tap(self, tap: Callable[[str, tuple[Any, ...]], None] | None) -> None:
+        """Let ``tap`` see every message from now on, those that wait in the inbox included; None: nobody."""
+        self._tap = tap
+
     def reset(self) -> None:
         """Start over with empty books and the same devices: in a forked child, whose parent keeps the old ones."""
         self._inbox: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()

@@ -8,7 +8,11 @@ their full work.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
+import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +33,7 @@ class Recorder:
     """Writes a trace file.
 
     Args:
-        path: the file; it is replaced.
+        path: the file; it is replaced. Where another process is writing it now, ``NAME.PID.jsonl`` beside it is used.
         host_devices: ids that the ledger adds to every engine and request.
 
     Raises:
@@ -37,7 +41,7 @@ class Recorder:
     """
 
     def __init__(self, path: str | Path, host_devices: Sequence[str] = ()) -> None:
-        self._file: BinaryIO | None = Path(path).open("wb")  # noqa: SIM115 - held over many calls, closed by close()
+        self._file: BinaryIO | None = _own_file(Path(path))
         self._host = tuple(host_devices)
         self._counters: dict[str, tuple[Counter, float]] = {}
         self._lanes: dict[tuple[EngineId, int], Lane] = {}
@@ -242,6 +246,31 @@ class Recorder:
         self._line(
             form.CloseLine(seconds(t_ns), key.request, output_tokens, outcome, first, prompt_tokens, cached_tokens)
         )
+
+
+def _own_file(path: Path) -> BinaryIO:
+    # Opened without cutting it: a process that finds it in use must leave it as it is.
+    file = path.open("ab")
+    if not _lock(file):
+        file.close()
+        path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+        log.info("another process records to the trace file; this one writes %s", path)
+        file = path.open("ab")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.truncate(0)
+    return file
+
+
+def _lock(file: BinaryIO) -> bool:
+    if sys.platform == "win32" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def engine_name(engine: EngineId) -> str:
