@@ -45,7 +45,6 @@ class Config:
     metric_labels: tuple[str, ...] = ()
     label_limit: int = 100
     label_hash: bool = False
-    capture_content: bool = False
     console: bool = False
     record: str | None = None
     carbon_intensity: float | None = None
@@ -220,7 +219,6 @@ VARIABLES: Final[dict[str, Variable]] = {
         "label_limit", _whole(1), "a whole number from 1", "Values per metric label before `other`."
     ),
     "MELODI_LABEL_HASH": Variable("label_hash", _flag, _FLAG, "1 replaces label values by a hash."),
-    "MELODI_CAPTURE_CONTENT": Variable("capture_content", _flag, _FLAG, "1 puts prompt and response text on spans."),
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
     "MELODI_RECORD": Variable("record", str, "a file name", "Write the trace of this process there."),
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),

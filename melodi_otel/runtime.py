@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -95,6 +95,7 @@ class Runtime:
         self.ledger = Ledger(
             policy=config.static_policy,
             host_devices=host,
+            engine_devices=config.engine_devices,
             who=self._who,
             watch=self._watch,
         )
@@ -172,17 +173,22 @@ class Runtime:
         """Start sampling, settling and, where asked for, the scrape endpoint; a second call does nothing.
 
         Raises:
-            OSError: the trace file of ``MELODI_RECORD`` cannot be written.
+            ConfigError: the trace file of ``MELODI_RECORD`` cannot be written.
         """
         with self._lock:
             if self._started:
                 return
             if self.config.record:
-                self._recorder = Recorder(self.config.record, self._host)
+                self._recorder = _recorder(self.config.record, self._host)
                 self.ledger.tap(self._recorder.tap)
             self._started = True
             self._stopping = False
-            log.info(describe(self.discovery))
+            # Without any meter the line says which variable would help, and is worth being seen.
+            log.log(logging.INFO if self.discovery.sources else logging.WARNING, "%s", describe(self.discovery))
+            if self.config.hub not in ("auto", "local"):
+                log.warning(
+                    "MELODI_HUB=%s: there is no shared meter in this version; this process has its own", self.config.hub
+                )
             # Before the first request is traced, so that a provider that is there already is wrapped from its first span.
             self._tracers.tracer()
             self._meters.instruments()
@@ -458,6 +464,15 @@ def _settings(config: Config, clock: Clock, environ: Mapping[str, str]) -> Setti
         config.estimate_watts,
         frozenset(config.sources),
     )
+
+
+def _recorder(path: str, host_devices: Sequence[str]) -> Recorder:
+    try:
+        return Recorder(path, host_devices)
+    except OSError as error:
+        raise ConfigError(
+            f"MELODI_RECORD={path!r} cannot be used ({error.strerror}): allowed is a file that can be written"
+        ) from None
 
 
 def _with_idle(device: Device, config: Config) -> Device:

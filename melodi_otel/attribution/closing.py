@@ -22,9 +22,15 @@ def wait_s(device: Device, interval_s: float = 0.1) -> float:
     return min(MAX_WAIT_S, max(MIN_WAIT_S, seconds))
 
 
-def may_close(account: Account, interval: Interval, now_ns: int, engines: list[EngineState]) -> bool:
-    """Whether the evidence for ``interval`` is complete, or late enough to do without."""
-    if now_ns >= interval.t1_ns + round(1e9 * wait_s(account.device, account.interval_s)):
+def may_close(
+    account: Account, interval: Interval, now_ns: int, engines: list[EngineState], longest_s: float | None = None
+) -> bool:
+    """Whether the evidence for ``interval`` is complete, or late enough to do without.
+
+    ``longest_s`` is how late that is; None: :func:`wait_s` of the device.
+    """
+    longest_s = wait_s(account.device, account.interval_s) if longest_s is None else longest_s
+    if now_ns >= interval.t1_ns + round(1e9 * longest_s):
         return True
     cpu_ns = account.cpu.last_ns
     if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):
@@ -52,7 +58,7 @@ def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int) -> 
         told = activity.progress_t
         return (not told or told[-1] < t_ns) and now_ns < t_ns + round(TOKENS_WAIT_S * 1e9)
     if activity.last_step_ns is None:
-        if activity.own_lane or len(engine.lanes) > 1:
+        if activity.own_lane:
             return True
         return not any(lane.t1_ns >= t_ns for lane in engine.lanes.values())
     lane = engine.lane_of(activity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Final
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
@@ -22,6 +23,9 @@ from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
+
+SAME_LANE_NS: Final = 1_000_000
+"""Steps given without a lane that overlap by less than this follow each other: clocks and rounding differ by that much."""
 
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
@@ -42,7 +46,9 @@ class Core:
         best: Tier | None,
         who: Callable[[str | None, Mapping[str, str]], Who] | None,
         finished: Callable[[Key, list[Share]], None] | None,
+        step_wait_s: float | None,
     ) -> None:
+        self.step_wait_s = step_wait_s
         self.model: CostModel = model or Roofline()
         self.host_devices = host_devices
         self.patience_ns = None if patience_s is None else round(patience_s * 1e9)
@@ -65,6 +71,7 @@ class Core:
     def device(self, device: Device) -> None:
         if device.id not in self.accounts:
             self.accounts[device.id] = Account(device)
+            self.changed = True
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
         account = self._account(device)
@@ -215,12 +222,22 @@ class Core:
         self._add_step(state, run, t0_ns, t1_ns, devices, run.advance(decode, prefill, computed, joined, left))
 
     def work(
-        self, engine: EngineId, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, work: Sequence[Work]
+        self,
+        engine: EngineId,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        work: Sequence[Work],
+        number: int | None,
     ) -> None:
         state = self.roster.engine(engine)
-        run = next((lane for lane in state.lanes.values() if lane.t1_ns <= t0_ns), None)
+        run = (
+            state.lanes.get(number)
+            if number is not None
+            else next((lane for lane in state.lanes.values() if lane.t1_ns <= t0_ns + SAME_LANE_NS), None)
+        )
         if run is None:
-            run = state.lanes.setdefault(len(state.lanes), Lane())
+            run = state.lanes[len(state.lanes) if number is None else number] = Lane()
         self._add_step(state, run, t0_ns, t1_ns, devices, work)
 
     def close(
@@ -273,7 +290,9 @@ class Core:
         self._retire_strays(now_ns, force)
         for account in self.accounts.values():
             engines = self._engines_on(account)
-            while account.waiting and (force or may_close(account, account.waiting[0], now_ns, engines)):
+            while account.waiting and (
+                force or may_close(account, account.waiting[0], now_ns, engines, self.step_wait_s)
+            ):
                 self._close_interval(account, account.waiting.popleft(), engines)
         for activity in list(self.closing.values()):
             if force or self._covered(activity, now_ns):
@@ -389,10 +408,8 @@ class Core:
         run.last = {row.activity for row in rows}
         for row in rows:
             activity = row.activity
-            if activity.engine is None:
-                activity.engine = state.id
-                if activity.close_ns is None:
-                    state.open[id(activity)] = activity
+            if activity.engine != state.id:
+                self._belongs(activity, state)
             activity.last_step_ns = max(t1_ns, activity.last_step_ns or 0)
             if activity.close_ns is not None:
                 activity.end_ns = max(activity.end_ns or 0, t1_ns)
@@ -403,6 +420,17 @@ class Core:
             account = self.accounts.get(device)
             if account is not None and rows:
                 account.steps.append(step)
+
+    def _belongs(self, activity: Activity, state: EngineState) -> None:
+        """A step names a request that was opened without its engine, or with another one that has shown no steps."""
+        before = None if activity.engine is None else self.roster.engines[activity.engine]
+        if before is not None:
+            if before.evidence == "steps":
+                return
+            before.open.pop(id(activity), None)
+        activity.engine = state.id
+        if activity.close_ns is None:
+            state.open[id(activity)] = activity
 
     def _end(self, activity: Activity, t_ns: int, outcome: Outcome) -> None:
         self.changed = True

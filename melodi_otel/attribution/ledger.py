@@ -47,11 +47,13 @@ class Ledger:
         policy: who pays idle power while requests run.
         model: where weights come from; None: :class:`melodi_otel.attribution.weights.Roofline`.
         host_devices: ids of CPU packages and memory, which every request uses beside its accelerators. Empty in replay.
+        engine_devices: accelerators of every engine, whatever it says itself (``MELODI_ENGINE_DEVICES``); None: as it says.
         patience_s: how long a closed request waits for readings before it is settled with what is covered; None: until
             :meth:`flush`.
         best: use no better evidence than this tier (to compare tiers on one trace); None: the best there is.
         who: makes the metric identity of a request from its model and labels.
         finished: called with (key, shares) for every settled activity, anonymous ones included, on the settling thread.
+        step_wait_s: how long an interval waits for steps that run across it; None: ``closing.wait_s`` of the device.
         tap: sees every message (its name and arguments) before it takes effect, on the settling thread; the recorder.
         watch: called with (open requests, monotonic ns) on every open and close, on the request's thread; must be quick.
     """
@@ -62,14 +64,17 @@ class Ledger:
         policy: StaticPolicy = "busy_shared",
         model: CostModel | None = None,
         host_devices: Sequence[str] = (),
+        engine_devices: Sequence[str] | None = None,
         patience_s: float | None = 30.0,
         best: Tier | None = None,
         who: Callable[[str | None, Mapping[str, str]], Who] | None = None,
         finished: Callable[[Key, list[Share]], None] | None = None,
+        step_wait_s: float | None = None,
         tap: Callable[[str, tuple[Any, ...]], None] | None = None,
         watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._make = lambda: Core(policy, model, tuple(host_devices), patience_s, best, who, finished)
+        self._make = lambda: Core(policy, model, tuple(host_devices), patience_s, best, who, finished, step_wait_s)
+        self._engine_devices = tuple(engine_devices) if engine_devices else None
         self._tap = tap
         self._watch = watch
         self._devices: list[Device] = []
@@ -78,6 +83,10 @@ class Ledger:
     def tap(self, tap: Callable[[str, tuple[Any, ...]], None] | None) -> None:
         """Let ``tap`` see every message from now on, those that wait in the inbox included; None: nobody."""
         self._tap = tap
+
+    def wait_for_steps(self, seconds: float | None) -> None:
+        """Change ``step_wait_s``."""
+        self._core.step_wait_s = seconds
 
     def reset(self) -> None:
         """Start over with empty books and the same devices: in a forked child, whose parent keeps the old ones."""
@@ -142,7 +151,7 @@ class Ledger:
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.engine`; ``service`` names the holder in idle joules."""
         facts = (parameters, active_parameters, kv_bytes_per_token, layers, hidden, experts, experts_per_token)
-        named = None if devices is None else tuple(devices)
+        named = self._engine_devices or (None if devices is None else tuple(devices))
         self._inbox.append((self._core.engine, (engine, t_ns, state, model, named, world, facts, service)))
 
     def open(
@@ -162,6 +171,8 @@ class Ledger:
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
         named = None if devices is None else tuple(devices)
+        if engine is not None and self._engine_devices:
+            named = self._engine_devices
         arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe)
         self._inbox.append((self._core.open, arguments))
         self._count(1, t_ns)
@@ -201,7 +212,7 @@ class Ledger:
         left: Sequence[str] = (),
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
-        named = None if devices is None else tuple(devices)
+        named = self._engine_devices or (None if devices is None else tuple(devices))
         arguments = (engine, lane, seq, t0_ns, t1_ns, named, decode, prefill, computed, joined, left)
         if threading.get_ident() == self._settling:
             self._take(self._core.step, arguments)  # a probe hands over steps: they come before whatever follows it
@@ -215,10 +226,11 @@ class Ledger:
         t1_ns: int,
         devices: Sequence[str] | None,
         work: Iterable[Work],
+        lane: int | None = None,
     ) -> None:
-        """A step with its full work instead of a delta (the trace format's form); lanes are found by overlap."""
+        """A step with its full work instead of a delta (the trace format's form); None: lanes are found by overlap."""
         named = None if devices is None else tuple(devices)
-        self._inbox.append((self._core.work, (engine, t0_ns, t1_ns, named, list(work))))
+        self._inbox.append((self._core.work, (engine, t0_ns, t1_ns, named, list(work), lane)))
 
     def close(
         self,

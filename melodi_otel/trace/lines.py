@@ -14,7 +14,8 @@ import msgspec
 class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=True):
     """A device; ``null`` = unknown. ``idle_watts`` absent: the baseline is learnt.
 
-    ``source``, ``estimated`` and ``relative_uncertainty`` keep an estimate an estimate when it is replayed.
+    ``source``, ``estimated`` and ``relative_uncertainty`` keep an estimate an estimate when it is replayed. ``live``: written by
+    a running meter, whose waits were bounded by its readers' patience.
     """
 
     id: str
@@ -29,6 +30,7 @@ class DeviceLine(msgspec.Struct, tag="device", tag_field="kind", omit_defaults=T
     estimated: bool = False
     relative_uncertainty: float = 0.0
     fraction: float = 1.0
+    live: bool = False
 
 
 class EngineLine(msgspec.Struct, tag="engine", tag_field="kind", omit_defaults=True):
@@ -86,13 +88,17 @@ class BindLine(msgspec.Struct, tag="bind", tag_field="kind", omit_defaults=True)
 
 
 class StepLine(msgspec.Struct, tag="step", tag_field="kind", omit_defaults=True):
-    """One engine step; ``work``: id -> [prefill tokens computed, decode tokens computed, context after]."""
+    """One engine step; ``work``: id -> [prefill tokens computed, decode tokens computed, context after].
+
+    Steps of one ``lane`` follow each other; without it lanes are found by overlap.
+    """
 
     t0: float
     t1: float
     work: dict[str, list[int]]
     engine: str | None = None
     devices: list[str] | None = None
+    lane: int | None = None
 
 
 class TokensLine(msgspec.Struct, tag="tokens", tag_field="kind", omit_defaults=True):

@@ -115,6 +115,7 @@ class Recorder:
                 device.estimated,
                 device.relative_uncertainty,
                 device.fraction,
+                live=True,
             )
         )
 
@@ -220,16 +221,23 @@ class Recorder:
         if run.seq is not None and seq != run.seq + 1:
             run.members.clear()
         run.seq = seq
-        self._work(engine, t0_ns, t1_ns, devices, run.advance(*delta))
+        self._work(engine, t0_ns, t1_ns, devices, run.advance(*delta), lane)
         if not run.members:
             del self._lanes[(engine, lane)]
 
     def _work(
-        self, engine: EngineId, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, work: Sequence[Work]
+        self,
+        engine: EngineId,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        work: Sequence[Work],
+        lane: int | None,
     ) -> None:
         rows = {row.id: [row.prefill, row.decode, row.context + row.prefill + row.decode] for row in work}
         if rows:
-            self._line(form.StepLine(seconds(t0_ns), seconds(t1_ns), rows, engine_name(engine), self._all(devices)))
+            named = self._all(devices)
+            self._line(form.StepLine(seconds(t0_ns), seconds(t1_ns), rows, engine_name(engine), named, lane))
 
     def _close(
         self,

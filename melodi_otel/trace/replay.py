@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from melodi_otel.attribution.closing import MAX_WAIT_S
 from melodi_otel.attribution.engines import Work
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import EngineId, Key, Share, Tier
@@ -56,7 +57,11 @@ class Replay:
         self._made: dict[str, int] = {}
         self._first: dict[str, int] = {}
         self._now_ns: int | None = None
-        self._ledger = Ledger(policy=policy, patience_s=None, best=self._method, finished=self._finished)
+        self._known: set[str] = set()
+        # A file has no reader who waits: steps that run across a reading get the longest time that the design allows.
+        self._ledger = Ledger(
+            policy=policy, patience_s=None, best=self._method, finished=self._finished, step_wait_s=MAX_WAIT_S
+        )
 
     def run(self, source: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
         """Shares as they become final, then the books of every device."""
@@ -147,6 +152,9 @@ class Replay:
                 self._engine(line)
 
     def _device(self, line: form.DeviceLine) -> None:
+        self._known.add(line.id)
+        if line.live:
+            self._ledger.wait_for_steps(None)
         kind = line.type if line.type in ("gpu", "cpu", "memory", "host") else "gpu"
         self._ledger.device(
             Device(
@@ -204,6 +212,8 @@ class Replay:
 
     def _sample(self, line: form.SampleLine) -> None:
         t_ns = self._now(line.t)
+        if line.device not in self._known:
+            self._device(form.DeviceLine(line.device))
         if line.joules is not None:
             self._ledger.counter(line.device, t_ns, line.joules)
         elif line.watts is not None:
@@ -233,7 +243,7 @@ class Replay:
             work.append(Work(name, prefill, decode, max(0, after - prefill - decode)))
         t0_ns, t1_ns = ns(line.t0), self._now(line.t1)
         if self._method is None:
-            self._ledger.work(self._implied(line.engine, line.devices), t0_ns, t1_ns, line.devices, work)
+            self._ledger.work(self._implied(line.engine, line.devices), t0_ns, t1_ns, line.devices, work, line.lane)
         else:
             self._as_counters(work, t1_ns)
 

@@ -41,7 +41,6 @@ GOOD = {
     "MELODI_METRIC_LABELS": ("tenant", ("tenant",)),
     "MELODI_LABEL_LIMIT": ("7", 7),
     "MELODI_LABEL_HASH": ("yes", True),
-    "MELODI_CAPTURE_CONTENT": ("off", False),
     "MELODI_CONSOLE": ("true", True),
     "MELODI_RECORD": ("t.jsonl", "t.jsonl"),
     "MELODI_CARBON_INTENSITY": ("350", 350.0),

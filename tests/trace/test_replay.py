@@ -395,3 +395,35 @@ def test_a_sliver_does_not_claim_the_interval() -> None:
     shares, books = run(lines)
     assert shares["a", "G"]["joules"] == pytest.approx(100 * 0.001 * 20 + 50)
     assert books["G"]["idle"] == pytest.approx(98.0)
+
+
+def test_a_device_may_be_unannounced() -> None:
+    """A sample of a device without a line of its own makes it known; its idle power is learnt."""
+    shares, _ = run([at(0, 0), at(1, 20), opened(1, "a"), at(2, 120), closed(2, "a"), at(3, 141)])
+    assert shares["a", "G"]["static"] == pytest.approx(20.0)
+    assert shares["a", "G"]["dynamic"] == pytest.approx(80.0)
+
+
+def test_engines_may_be_implied() -> None:
+    """Neither open nor step names an engine: the steps still find their requests, and are waited for."""
+    bare = {"engine": None, "devices": None}
+    lines = [gpu(0.0), at(0, 0), {**opened(0, "a"), **bare}, {**opened(0, "b"), **bare}, at(1, 100)]
+    for t0, work in ((0, {"a": [0, 1, 11], "b": [0, 1, 11]}), (1.5, {"a": [0, 1, 12]})):
+        lines.append({"kind": "step", "t0": t0, "t1": t0 + 1.5, "devices": ["G"], "work": work})
+        lines.append(at(t0 + 1.5, 100 * (t0 + 1.5)))
+    lines += [closed(3, "a", 2), closed(3, "b", 1), at(4, 301)]
+    shares, _ = run(lines)
+    assert shares["b", "G"]["joules"] == pytest.approx(75.0)
+    assert shares["a", "G"]["joules"] == pytest.approx(225.0)
+    assert shares["b", "G"]["method"] == "step"
+
+
+def test_a_long_step_is_waited_for() -> None:
+    """A step of 4 s is known when it ends; the readings inside it wait for it."""
+    lines = [gpu(0.0), ENGINE, at(0, 0), opened(0, "a"), opened(0, "b"), step(0, 0.1, a=[0, 1, 5], b=[0, 1, 5])]
+    lines += [at(t, 100.0 * t) for t in (1, 2, 3, 4)]
+    lines += [step(0.1, 4.1, a=[400, 0, 405], b=[0, 1, 6]), closed(4.1, "a", 1), closed(4.1, "b", 1), at(5, 410.5)]
+    shares, _ = run(lines)
+    assert {row["method"] for row in shares.values()} == {"step"}
+    assert shares["a", "G"]["joules"] + shares["b", "G"]["joules"] == pytest.approx(410.5)
+    assert shares["a", "G"]["prefill"] > 250.0
