@@ -10,6 +10,7 @@ pays, without the garbage collector. Nothing here asserts: the targets of the de
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -17,7 +18,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from melodi_otel.config import Config
 from melodi_otel.devices import Device
 from melodi_otel.instrumentation.seam import Begin, End
 from melodi_otel.runtime import Runtime
+from melodi_otel.testing.nvml import FakeGpu, FakeNvml
 from melodi_otel.testing.powercap import FakePowercap
 
 REQUESTS = 400
@@ -219,30 +221,42 @@ def step_cost(rounds: int) -> list[tuple[str, list[float], str]]:
 
 
 def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
-    """CPU of the sampler's thread at 10 Hz with two packages and their DRAM, a request being open."""
+    """CPU of the sampler's thread at 10 Hz with eight GPUs and two packages with DRAM, a block being measured."""
     with tempfile.TemporaryDirectory() as directory:
         tree = FakePowercap(Path(directory) / "sys")
         for number in range(2):
             tree.dram(tree.package(number, watts=90.0), watts=5.0)
-        runtime = Runtime(Config(sysfs_root=str(tree.root), sources=("rapl",)), environ={})
+        gpus = [FakeGpu(f"GPU-{n:08x}-fa4e-4000-8000-000000000000", watts=300.0) for n in range(8)]
+        fake = FakeNvml(Path(directory) / "nvml", gpus, monotonic=True)
+        config = Config(sysfs_root=str(tree.root), nvml_library=str(fake.library), sources=("nvml", "rapl"))
+        runtime = Runtime(config, environ={})
         runtime.start()
-        stop = threading.Event()
-
-        def count() -> None:
-            while not stop.wait(0.01):
-                tree.advance(0.01)
-
-        threading.Thread(target=count, daemon=True).start()
         found: list[float] = []
-        with runtime.measure("sampling"):
-            time.sleep(0.5)
+        with counting(tree), runtime.measure("sampling"):
+            time.sleep(2.0)
             for _ in range(5):
                 before = runtime.sampler.cost.cpu_s
                 time.sleep(seconds / 5)
                 found.append(100 * (runtime.sampler.cost.cpu_s - before) / (seconds / 5))
-        stop.set()
         runtime.shutdown()
-    return [("sampler, 2 packages + DRAM, 10 Hz, of one core (target ≤ 0.5)", found, "%")]
+        fake.close()
+    return [("sampler, 8 GPUs + 2 packages + DRAM, 10 Hz, of one core (target ≤ 0.5)", found, "%")]
+
+
+@contextlib.contextmanager
+def counting(tree: FakePowercap) -> Iterator[None]:
+    """The counters of ``tree`` move as time passes."""
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.wait(0.01):
+            tree.advance(0.01)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
 
 
 def main() -> None:
@@ -254,18 +268,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         tree = FakePowercap(Path(directory) / "sys")
         tree.package(0, watts=50.0)
-        stop = threading.Event()
-
-        def count() -> None:
-            while not stop.wait(0.01):
-                tree.advance(0.01)
-
-        threading.Thread(target=count, daemon=True).start()
-        runtime = Runtime(Config(sysfs_root=str(tree.root), sources=("rapl",)), environ={}, tracer_provider=provider())
+        config = Config(sysfs_root=str(tree.root), sources=("rapl",))
+        runtime = Runtime(config, environ={}, tracer_provider=provider())
         runtime.start()
-        rows = request_cost(runtime, options.rounds) + token_cost(runtime, options.rounds)
-        runtime.shutdown()
-        stop.set()
+        with counting(tree):
+            rows = request_cost(runtime, options.rounds) + token_cost(runtime, options.rounds)
+            runtime.shutdown()
     rows += step_cost(max(3, options.rounds // 3)) + sampler_cost(options.seconds)
     print(f"{platform.machine()}, Python {platform.python_version()}, {options.rounds} rounds, sides taking turns\n")
     print("| what | median | quartiles | unit |\n|---|---|---|---|")

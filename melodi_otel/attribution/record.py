@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from melodi_otel.attribution.meter import Key, Outcome, Share
+from melodi_otel.attribution.meter import Key, Outcome, Quality, Share
 from melodi_otel.attribution.summary import Energy
+from melodi_otel.units import watt_hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,26 @@ class RequestRecord:
     def duration_s(self) -> float:
         """Seconds from start to end."""
         return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def joules(self) -> float | None:
+        """J of the request; of a measured block with everything nested in it. None: not known."""
+        return self.energy.rollup if self.kind == "measure" else self.energy.total
+
+    @property
+    def watt_hours(self) -> float | None:
+        """:attr:`joules` in Wh."""
+        return None if self.joules is None else watt_hours(self.joules)
+
+    @property
+    def uncertainty(self) -> float | None:
+        """1 sigma of its own joules in J."""
+        return self.energy.uncertainty
+
+    @property
+    def quality(self) -> Quality:
+        """How good the figure is."""
+        return self.energy.quality
 
     @property
     def time_to_first_token_s(self) -> float | None:
