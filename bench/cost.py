@@ -10,15 +10,13 @@ pays, without the garbage collector. Nothing here asserts: the targets of the de
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import platform
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +230,7 @@ def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
         runtime = Runtime(config, environ={})
         runtime.start()
         found: list[float] = []
-        with counting(tree), runtime.measure("sampling"):
+        with tree.live(0.01), runtime.measure("sampling"):
             time.sleep(2.0)
             for _ in range(5):
                 before = runtime.sampler.cost.cpu_s
@@ -241,22 +239,6 @@ def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
         runtime.shutdown()
         fake.close()
     return [("sampler, 8 GPUs + 2 packages + DRAM, 10 Hz, of one core (target ≤ 0.5)", found, "%")]
-
-
-@contextlib.contextmanager
-def counting(tree: FakePowercap) -> Iterator[None]:
-    """The counters of ``tree`` move as time passes."""
-    stop = threading.Event()
-
-    def count() -> None:
-        while not stop.wait(0.01):
-            tree.advance(0.01)
-
-    thread = threading.Thread(target=count, daemon=True)
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
 
 
 def main() -> None:
@@ -271,7 +253,7 @@ def main() -> None:
         config = Config(sysfs_root=str(tree.root), sources=("rapl",))
         runtime = Runtime(config, environ={}, tracer_provider=provider())
         runtime.start()
-        with counting(tree):
+        with tree.live(0.01):
             rows = request_cost(runtime, options.rounds) + token_cost(runtime, options.rounds)
             runtime.shutdown()
     rows += step_cost(max(3, options.rounds // 3)) + sampler_cost(options.seconds)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Final
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
+from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
-from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price
+from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.evidence import Cumulative
 from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
-from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Outcome, Prefill, Probe, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Outcome, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.attribution.roster import ADOPT_NS, Roster
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
@@ -23,9 +23,6 @@ from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
-
-SAME_LANE_NS: Final = 1_000_000
-"""Steps given without a lane that overlap by less than this follow each other: clocks and rounding differ by that much."""
 
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
@@ -57,6 +54,7 @@ class Core:
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
         self._finished = finished
+        self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices)
         self._closer = IntervalCloser(self.roster, self.model, policy, best)
         self._moved = False
         self.changed = False
@@ -198,48 +196,6 @@ class Core:
             if not activity.own_lane:
                 self._seen(activity, "tokens")
 
-    def step(
-        self,
-        engine: EngineId,
-        lane: int,
-        seq: int,
-        t0_ns: int,
-        t1_ns: int,
-        devices: tuple[str, ...] | None,
-        decode: Decode,
-        prefill: Sequence[Prefill],
-        computed: Sequence[Prefill],
-        joined: Sequence[Joined],
-        left: Sequence[str],
-    ) -> None:
-        state = self.roster.engine(engine)
-        run = state.lanes.setdefault(lane, Lane())
-        if run.seq is not None and seq != run.seq + 1:
-            # Deltas are lost: the set is resent by the client, and what ran in the gap is seen as slices.
-            state.gaps += 1
-            run.members.clear()
-        run.seq = seq
-        self._add_step(state, run, t0_ns, t1_ns, devices, run.advance(decode, prefill, computed, joined, left))
-
-    def work(
-        self,
-        engine: EngineId,
-        t0_ns: int,
-        t1_ns: int,
-        devices: tuple[str, ...] | None,
-        work: Sequence[Work],
-        number: int | None,
-    ) -> None:
-        state = self.roster.engine(engine)
-        run = (
-            state.lanes.get(number)
-            if number is not None
-            else next((lane for lane in state.lanes.values() if lane.t1_ns <= t0_ns + SAME_LANE_NS), None)
-        )
-        if run is None:
-            run = state.lanes[len(state.lanes) if number is None else number] = Lane()
-        self._add_step(state, run, t0_ns, t1_ns, devices, work)
-
     def close(
         self,
         key: Key,
@@ -380,57 +336,6 @@ class Core:
                 seconds = (first_token_ns - activity.open_ns) / 1e9
                 self.roster.engines[activity.engine].speed.observe(activity.computed_prompt, seconds)
             activity.first_token_ns = first_token_ns
-
-    def _add_step(
-        self,
-        state: EngineState,
-        run: Lane,
-        t0_ns: int,
-        t1_ns: int,
-        devices: tuple[str, ...] | None,
-        work: Sequence[Work],
-    ) -> None:
-        if t0_ns < run.t1_ns:
-            state.clipped += 1
-            t0_ns = run.t1_ns
-        t1_ns = max(t0_ns, t1_ns)
-        run.t1_ns = t1_ns
-        group = state.id.group
-        rows, participants = price(
-            state, state.priced(self.model), work, lambda name: self.roster.participant(group, name, t0_ns)
-        )
-        named = devices if devices is not None else state.devices
-        if named is None:
-            named = rows[0].activity.devices if rows else ()
-        elif devices is not None:
-            named = devices + tuple(d for d in self.host_devices if d not in devices)
-        step = Step(state, t0_ns, t1_ns, named, rows, participants)
-        run.last = {row.activity for row in rows}
-        for row in rows:
-            activity = row.activity
-            if activity.engine != state.id:
-                self._belongs(activity, state)
-            activity.last_step_ns = max(t1_ns, activity.last_step_ns or 0)
-            if activity.close_ns is not None:
-                activity.end_ns = max(activity.end_ns or 0, t1_ns)
-            for device in named:
-                activity.step_devices[device] = None
-        state.evidence = "steps"
-        for device in named:
-            account = self.accounts.get(device)
-            if account is not None and rows:
-                account.steps.append(step)
-
-    def _belongs(self, activity: Activity, state: EngineState) -> None:
-        """A step names a request that was opened without its engine, or with another one that has shown no steps."""
-        before = None if activity.engine is None else self.roster.engines[activity.engine]
-        if before is not None:
-            if before.evidence == "steps":
-                return
-            before.open.pop(id(activity), None)
-        activity.engine = state.id
-        if activity.close_ns is None:
-            state.open[id(activity)] = activity
 
     def _end(self, activity: Activity, t_ns: int, outcome: Outcome) -> None:
         self.changed = True

@@ -215,9 +215,11 @@ class Ledger:
         named = self._engine_devices or (None if devices is None else tuple(devices))
         arguments = (engine, lane, seq, t0_ns, t1_ns, named, decode, prefill, computed, joined, left)
         if threading.get_ident() == self._settling:
-            self._take(self._core.step, arguments)  # a probe hands over steps: they come before whatever follows it
+            self._take(
+                self._core.arrivals.step, arguments
+            )  # a probe hands over steps: they come before whatever follows it
         else:
-            self._inbox.append((self._core.step, arguments))
+            self._inbox.append((self._core.arrivals.step, arguments))
 
     def work(
         self,
@@ -230,7 +232,7 @@ class Ledger:
     ) -> None:
         """A step with its full work instead of a delta (the trace format's form); None: lanes are found by overlap."""
         named = None if devices is None else tuple(devices)
-        self._inbox.append((self._core.work, (engine, t0_ns, t1_ns, named, list(work), lane)))
+        self._inbox.append((self._core.arrivals.work, (engine, t0_ns, t1_ns, named, list(work), lane)))
 
     def close(
         self,

@@ -7,7 +7,7 @@ program sees these GPUs: counters in millijoules that move in steps, gauges with
 Time is by hand (``monotonic=False``: exact joules without a sleep) or the host's ``CLOCK_MONOTONIC`` (live demos). From
 a shell, two GPUs of 100 W and 50 W in real time::
 
-    eval "$(python -m melodi_otel.testing.nvml /tmp/fake --watts 100 --watts 50)"
+    eval "$(python -m melodi_otel.testing.nvml fake-nvml --watts 100 --watts 50)"
     melodi-otel doctor
 """
 

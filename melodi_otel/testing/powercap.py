@@ -12,6 +12,10 @@ them below ``class/powercap``.
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -132,6 +136,26 @@ class FakePowercap:
         for zone in self.zones:
             if zone.watts:
                 zone.advance(zone.watts * seconds)
+
+    @contextmanager
+    def live(self, every_s: float = 0.005) -> Generator[FakePowercap]:
+        """While entered the zones count in real time, each at its ``watts``."""
+        stop = threading.Event()
+
+        def count() -> None:
+            before = time.monotonic()
+            while not stop.wait(every_s):
+                now = time.monotonic()
+                self.advance(now - before)
+                before = now
+
+        thread = threading.Thread(target=count, name="fake-powercap", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
 
     def _zone(self, path: Path, name: str, watts: float, energy_uj: int | None, range_uj: int | None) -> FakeZone:
         start = energy_uj if energy_uj is not None else 1_000_000_000 + 7_654_321 * len(self.zones)

@@ -7,8 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,20 +27,8 @@ def sysfs(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("not installed: torch")
     tree = FakePowercap(tmp_path / "sys")
     tree.package(0, watts=WATTS)
-    stop = threading.Event()
-
-    def count() -> None:
-        before = time.monotonic()
-        while not stop.wait(0.005):
-            now = time.monotonic()
-            tree.advance(now - before)
-            before = now
-
-    thread = threading.Thread(target=count, name="fake-powercap", daemon=True)
-    thread.start()
-    yield tree.root
-    stop.set()
-    thread.join()
+    with tree.live():
+        yield tree.root
 
 
 def run(sysfs: Path, *words: str, **environ: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,20 +23,8 @@ def powercap(tmp_path: Path) -> Iterator[FakePowercap]:
     tree = FakePowercap(tmp_path / "sys")
     package = tree.package(0, watts=WATTS)
     tree.dram(package, watts=6.0)
-    stop = threading.Event()
-
-    def count() -> None:
-        before = time.monotonic()
-        while not stop.wait(0.004):
-            now = time.monotonic()
-            tree.advance(now - before)
-            before = now
-
-    thread = threading.Thread(target=count, name="fake-powercap", daemon=True)
-    thread.start()
-    yield tree
-    stop.set()
-    thread.join()
+    with tree.live():
+        yield tree
 
 
 def test_two_requests_share_one_package(powercap: FakePowercap, capsys: pytest.CaptureFixture[str]) -> None:

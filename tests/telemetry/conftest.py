@@ -9,6 +9,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from melodi_otel.attribution.meter import Key, Share
+from melodi_otel.attribution.record import RequestRecord
+from melodi_otel.attribution.summary import summarize
 from melodi_otel.devices import Device
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.spans import DeferringProcessor
@@ -38,6 +40,35 @@ def make_share(joules: float | None = 30.0, device: str = "GPU-1", request: str 
         **changes,
     }
     return Share(Key("g", request), device, 10_000_000_000, 12_000_000_000, joules, **known)
+
+
+def make_record(**changes: Any) -> RequestRecord:
+    """A sampled chat of 12 and 11 tokens that took 3 s and 30 J."""
+    known: dict[str, Any] = {
+        "key": Key("g", "r1"),
+        "name": "chat m",
+        "kind": "request",
+        "operation": "chat",
+        "provider": "transformers",
+        "model": "m",
+        "start_ns": 0,
+        "end_ns": 3_000_000_000,
+        "start_wall_ns": 0,
+        "first_token_ns": 1_000_000_000,
+        "prompt_tokens": 12,
+        "cached_tokens": None,
+        "output_tokens": 11,
+        "outcome": "stop",
+        "error_type": None,
+        "finish_reasons": ("stop",),
+        "energy": summarize([make_share(30.0)], DEVICES),
+        "trace_id": 0xABC,
+        "span_id": 0xDEF,
+        "sampled": True,
+        "labels": {"tenant": "t1"},
+        **changes,
+    }
+    return RequestRecord(**known)
 
 
 class FakeMeter:
@@ -84,8 +115,8 @@ class Rig:
 
 @pytest.fixture
 def kit() -> SimpleNamespace:
-    """The helpers of this room: `share`, `Rig`, `FakeMeter`, `devices`."""
-    return SimpleNamespace(share=make_share, Rig=Rig, FakeMeter=FakeMeter, devices=DEVICES)
+    """The helpers of this room: `share`, `record`, `Rig`, `FakeMeter`, `devices`."""
+    return SimpleNamespace(share=make_share, record=make_record, Rig=Rig, FakeMeter=FakeMeter, devices=DEVICES)
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from melodi_otel import semconv_metrics as metrics
 from melodi_otel.attribution.books import Books, Snapshot, Who
-from melodi_otel.attribution.meter import Key
 from melodi_otel.attribution.record import RequestRecord
-from melodi_otel.attribution.summary import summarize, unavailable
+from melodi_otel.attribution.summary import unavailable
 from melodi_otel.telemetry.deferral import SpanCounts
 from melodi_otel.telemetry.metrics import Configured, Hardware, Instruments, Views
 from melodi_otel.testing.telemetry import points
@@ -66,29 +65,7 @@ def provider(reader: InMemoryMetricReader) -> Iterator[MeterProvider]:
 
 @pytest.fixture
 def record(kit: Any) -> RequestRecord:
-    return RequestRecord(
-        key=Key("g", "r1"),
-        name="chat m",
-        kind="request",
-        operation="chat",
-        provider="transformers",
-        model="m",
-        start_ns=0,
-        end_ns=3_000_000_000,
-        start_wall_ns=0,
-        first_token_ns=1_000_000_000,
-        prompt_tokens=12,
-        cached_tokens=None,
-        output_tokens=11,
-        outcome="stop",
-        error_type=None,
-        finish_reasons=("stop",),
-        energy=summarize([kit.share(30.0)], kit.devices),
-        trace_id=0xABC,
-        span_id=0xDEF,
-        sampled=True,
-        labels={"tenant": "t1", "user": "u1"},
-    )
+    return kit.record(labels={"tenant": "t1", "user": "u1"})
 
 
 def one(reader: InMemoryMetricReader, name: str) -> tuple[float, dict[str, Any]]:

@@ -18,9 +18,6 @@ from opentelemetry.sdk.resources import Resource
 
 from melodi_otel import semconv_metrics as metrics
 from melodi_otel.attribution.books import Books, Snapshot, Who
-from melodi_otel.attribution.meter import Key
-from melodi_otel.attribution.record import RequestRecord
-from melodi_otel.attribution.summary import summarize
 from melodi_otel.telemetry.deferral import SpanCounts
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views
@@ -68,31 +65,7 @@ def endpoint(kit: Any) -> Iterator[Endpoint]:
     pipeline = ScrapePipeline(views, Resource({"host.id": "h1"}))
     instruments = pipeline.instruments
     instruments.sampled(0.001)
-    instruments.finished(
-        RequestRecord(
-            key=Key("g", "r1"),
-            name="chat m",
-            kind="request",
-            operation="chat",
-            provider="transformers",
-            model="m",
-            start_ns=0,
-            end_ns=3_000_000_000,
-            start_wall_ns=0,
-            first_token_ns=1_000_000_000,
-            prompt_tokens=12,
-            cached_tokens=None,
-            output_tokens=11,
-            outcome="stop",
-            error_type=None,
-            finish_reasons=("stop",),
-            energy=summarize([kit.share(30.0)], kit.devices),
-            trace_id=0xABC,
-            span_id=0xDEF,
-            sampled=True,
-            labels={"tenant": "t1"},
-        )
-    )
+    instruments.finished(kit.record())
     served = serve("127.0.0.1:0", pipeline.registry)
     yield served
     served.close()
