@@ -189,6 +189,13 @@ def quality(record: RequestRecord) -> str:
     return f"{record.energy.quality} ({record.energy.reason})" if record.energy.reason else record.energy.quality
 
 
+_STYLE = (
+    ".melodi{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    ".melodi th,.melodi td{padding:.2em .7em;text-align:right;white-space:nowrap}"
+    ".melodi tbody tr{border-top:1px solid rgba(128,128,128,.35)}"
+    ".melodi :is(th,td):is(:first-child,:nth-last-child(-n+2)){text-align:left}"
+)
+"""Figures to the right, words to the left; colours are the notebook's own, light or dark."""
 HEADINGS = ("request", "prompt", "output", "first token s", "seconds", "J", "± J", "J/token", "method", "quality")
 
 
@@ -224,4 +231,4 @@ def html_table(records: Sequence[RequestRecord]) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(record)) + "</tr>" for record in records
     )
-    return f'<table class="melodi"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<style>{_STYLE}</style><table class="melodi"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'

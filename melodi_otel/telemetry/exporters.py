@@ -50,6 +50,12 @@ def metric_readers(environ: Mapping[str, str]) -> list[MetricReader]:
     return found
 
 
+def exponential_histograms(environ: Mapping[str, str]) -> bool:
+    """Whether ``environ`` prefers exponential histograms to bounds."""
+    preferred = _value(environ, "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION")
+    return preferred.lower() == "base2_exponential_bucket_histogram"
+
+
 def _asked(environ: Mapping[str, str], signal: Signal) -> list[str]:
     if _value(environ, "OTEL_SDK_DISABLED").lower() == "true":
         return []

@@ -7,14 +7,13 @@ is not observed. May be made on several providers, e.g. the application's for OT
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from opentelemetry.context import Context
-from opentelemetry.metrics import CallbackOptions, Histogram, Meter, Observation
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from melodi_otel import semconv as names
@@ -23,6 +22,7 @@ from melodi_otel.attribution.books import BUCKETS, Snapshot, Who
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.devices import Device
 from melodi_otel.semconv_metrics import Metric
+from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.books import SteadyBooks
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import SpanCounts
@@ -139,14 +139,13 @@ class Instruments:
         self._requests = meter.create_counter(
             metrics.REQUESTS.name, metrics.REQUESTS.unit, metrics.REQUESTS.description
         )
-        self._request_energy = _histogram(meter, metrics.REQUEST_ENERGY)
-        self._tokens = _histogram(meter, metrics.TOKEN_USAGE)
-        self._duration = _histogram(meter, metrics.OPERATION_DURATION)
-        self._first_token = _histogram(meter, metrics.TIME_TO_FIRST_TOKEN)
-        self._per_token = _histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN)
-        self._sampler = _histogram(meter, metrics.SAMPLER_DURATION)
-        # Exemplars, and with them the context argument, came after SDK 1.27.
-        self._exemplars = "context" in inspect.signature(Histogram.record).parameters
+        self._request_energy = sdk.histogram(meter, metrics.REQUEST_ENERGY)
+        self._tokens = sdk.histogram(meter, metrics.TOKEN_USAGE)
+        self._duration = sdk.histogram(meter, metrics.OPERATION_DURATION)
+        self._first_token = sdk.histogram(meter, metrics.TIME_TO_FIRST_TOKEN)
+        self._per_token = sdk.histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN)
+        self._sampler = sdk.histogram(meter, metrics.SAMPLER_DURATION)
+        self._exemplars = sdk.keeps_exemplars(self._request_energy)
 
     def rebind(self, views: Views | None) -> None:
         """Read elsewhere from now on; None: observe and record nothing any more."""
@@ -172,16 +171,14 @@ class Instruments:
             **_known({names.GEN_AI_OPERATION: record.operation, names.GEN_AI_PROVIDER: record.provider}),
             **_known({names.GEN_AI_REQUEST_MODEL: record.model}),
         }
-        context = _context_of(record)
+        context = {"context": _context_of(record)} if self._exemplars else {}
         if energy.total is not None:
             attributes = {**call, **_known({names.SCOPE: energy.scope}), names.QUALITY: energy.quality}
-            self._record(self._request_energy, max(0.0, energy.total), attributes, context)
+            self._request_energy.record(max(0.0, energy.total), attributes, **context)
         for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
             if tokens is not None:
-                self._record(self._tokens, tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, context)
-        self._record(
-            self._duration, record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, context
-        )
+                self._tokens.record(tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, **context)
+        self._duration.record(record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, **context)
         if record.outcome in {"stop", "length"}:
             self._latencies(record, call, context)
         who = {
@@ -192,28 +189,16 @@ class Instruments:
             names.REQUEST_OUTCOME: record.outcome,
             names.QUALITY: energy.quality,
         }
-        self._add(who, context)
+        self._requests.add(1, who, **context)
 
-    def _latencies(self, record: RequestRecord, call: dict[str, str], context: Context) -> None:
+    def _latencies(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
         first = record.time_to_first_token_s
         if first is None:
             return
-        self._record(self._first_token, first, call, context)
+        self._first_token.record(first, call, **context)
         if record.output_tokens is not None and record.output_tokens > 1:
             mean = (record.duration_s - first) / (record.output_tokens - 1)
-            self._record(self._per_token, max(0.0, mean), call, context)
-
-    def _record(self, histogram: Histogram, value: float, attributes: Mapping[str, str], context: Context) -> None:
-        if self._exemplars:
-            histogram.record(value, attributes, context=context)
-        else:
-            histogram.record(value, attributes)
-
-    def _add(self, attributes: Mapping[str, str], context: Context) -> None:
-        if self._exemplars:
-            self._requests.add(1, attributes, context=context)
-        else:
-            self._requests.add(1, attributes)
+            self._per_token.record(max(0.0, mean), call, **context)
 
     # --- observed ---
 
@@ -282,15 +267,6 @@ def _context_of(record: RequestRecord) -> Context:
         return _NOBODY
     span = SpanContext(record.trace_id, record.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
     return set_span_in_context(NonRecordingSpan(span), _NOBODY)
-
-
-def _histogram(meter: Meter, metric: Metric) -> Histogram:
-    try:
-        return meter.create_histogram(
-            metric.name, metric.unit, metric.description, explicit_bucket_boundaries_advisory=metric.bounds
-        )
-    except TypeError:  # SDKs of the first versions have no advice: their default buckets
-        return meter.create_histogram(metric.name, metric.unit, metric.description)
 
 
 def _known(attributes: Mapping[str, str | None]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from melodi_otel import __version__
 from melodi_otel import semconv as names
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.config import Config
-from melodi_otel.telemetry import exporters
+from melodi_otel.telemetry import exporters, sdk
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.metrics import Instruments, Views
@@ -293,7 +293,8 @@ class MeterSeam:
             self._own_asked = True
             readers = exporters.metric_readers(self._environ)
             if readers:
-                self._own = MeterProvider(metric_readers=readers, resource=self._resource)
+                exponential = exporters.exponential_histograms(self._environ)
+                self._own = sdk.meter_provider(readers, self._resource, exponential=exponential)
                 self._instruments = self._on(self._own)
 
     def _on(self, provider: Any) -> Instruments:
@@ -321,7 +322,7 @@ class ScrapePipeline:
         host = resource.attributes.get(names.HOST_ID)
         reader = ScrapeReader({} if host is None else {names.HOST_ID: str(host)})
         # Nothing is sent at the end, so there is nothing to do at exit.
-        self._provider = MeterProvider(metric_readers=[reader], resource=resource, shutdown_on_exit=False)
+        self._provider = sdk.meter_provider([reader], resource, shutdown_on_exit=False)
         self.registry: Final = reader.registry
         self.instruments: Final = scrape_instruments(views, self._provider)
 

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from opentelemetry.sdk.metrics import Counter, Histogram, ObservableCounter, ObservableGauge, ObservableUpDownCounter
 from opentelemetry.sdk.metrics.export import (
     Gauge,
     HistogramDataPoint,
@@ -32,6 +31,7 @@ from prometheus_client.samples import Exemplar, Sample
 from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnknownVariableType]
 
 from melodi_otel import semconv_metrics
+from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.complaints import Complaints
 
 Labels = tuple[tuple[str, str], ...]
@@ -46,11 +46,7 @@ class ScrapeReader(MetricReader):
     """
 
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
-        try:
-            kinds = (Counter, Histogram, ObservableCounter, ObservableGauge, ObservableUpDownCounter)
-            super().__init__(cardinality_limits=dict.fromkeys(kinds, _SERIES_LIMIT))
-        except TypeError:  # SDKs before the limit
-            super().__init__()
+        super().__init__(**sdk.series_limit(_SERIES_LIMIT))
         self._constant = {semconv_metrics.label_name(name): value for name, value in (constant or {}).items()}
         self._scraping = threading.Lock()
         self._data: MetricsData | None = None
@@ -100,11 +96,12 @@ class ScrapeReader(MetricReader):
             labels = self._labels(point.attributes)
             if isinstance(point, NumberDataPoint):
                 self._number(family, point, labels)
-            elif isinstance(data, HistogramData) and isinstance(point, HistogramDataPoint):
-                self._histogram(family, labels, point.explicit_bounds, point.bucket_counts, point.sum, point.exemplars)
+                continue
+            if isinstance(data, HistogramData) and isinstance(point, HistogramDataPoint):
+                bounds, counts = point.explicit_bounds, point.bucket_counts
             else:
                 bounds, counts = _explicit(point, semconv_metrics.METRICS.get(metric.name))
-                self._histogram(family, labels, bounds, counts, point.sum, point.exemplars)
+            self._histogram(family, labels, bounds, counts, point.sum, sdk.exemplars(point))
         return family
 
     def _labels(self, attributes: Mapping[str, Any] | None) -> Labels:
@@ -113,7 +110,7 @@ class ScrapeReader(MetricReader):
 
     def _number(self, family: Family, point: NumberDataPoint, labels: Labels) -> None:
         if family.type == "counter":
-            exemplar = self._exemplar((family.name, labels, ""), point.exemplars)
+            exemplar = self._exemplar((family.name, labels, ""), sdk.exemplars(point))
             family.samples.append(Sample(f"{family.name}_total", dict(labels), point.value, exemplar=exemplar))
         else:
             family.samples.append(Sample(family.name, dict(labels), point.value))

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 
 from melodi_otel import semconv_metrics as metrics
 from melodi_otel.attribution.books import Books, Snapshot, Who
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.attribution.summary import unavailable
+from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.deferral import SpanCounts
 from melodi_otel.telemetry.metrics import Configured, Hardware, Instruments, Views
 from melodi_otel.testing.telemetry import points
@@ -133,15 +135,41 @@ def test_meters_are_shown(provider: MeterProvider, reader: InMemoryMetricReader,
 def test_requests_are_recorded(
     provider: MeterProvider, reader: InMemoryMetricReader, views: Views, record: RequestRecord
 ) -> None:
-    """A finished request is counted once everywhere, with the exemplar of its span and the contract's buckets."""
-    Instruments(provider.get_meter("t"), views).finished(record)
+    """A finished request is counted once everywhere, with the exemplar of its span where the SDK keeps exemplars."""
+    meter = provider.get_meter("t")
+    Instruments(meter, views).finished(record)
     call = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "transformers", "gen_ai.request.model": "m"}
     (energy,) = points(reader, "melodi.request.energy")
     assert energy.value == 30.0
     assert energy.attributes == {**call, "melodi.energy.scope": "gpu", "melodi.energy.quality": "measured"}
-    assert tuple(energy.data.explicit_bounds) == metrics.REQUEST_ENERGY.bounds
-    (exemplar,) = energy.data.exemplars
-    assert (exemplar.trace_id, exemplar.span_id, exemplar.value) == (0xABC, 0xDEF, 30.0)
+    kept = sdk.keeps_exemplars(meter.create_histogram("other"))
+    found = [(exemplar.trace_id, exemplar.span_id, exemplar.value) for exemplar in sdk.exemplars(energy.data)]
+    assert found == ([(0xABC, 0xDEF, 30.0)] if kept else [])
+
+
+def test_bounds_on_the_applications_provider(
+    provider: MeterProvider, reader: InMemoryMetricReader, views: Views, record: RequestRecord
+) -> None:
+    """The contract's buckets where the SDK takes advice; before that, the SDK's default ones."""
+    meter = provider.get_meter("t")
+    Instruments(meter, views).finished(record)
+    meter.create_histogram("other").record(1.0)
+    (energy,), (other,) = points(reader, "melodi.request.energy"), points(reader, "other")
+    expected = metrics.REQUEST_ENERGY.bounds if sdk.takes_advice(meter) else other.data.explicit_bounds
+    assert tuple(energy.data.explicit_bounds) == tuple(expected or ())
+
+
+def test_bounds_on_our_own_provider(reader: InMemoryMetricReader, views: Views, record: RequestRecord) -> None:
+    """A provider of ours has the contract's buckets for every histogram, whatever the SDK."""
+    own = sdk.meter_provider([reader], Resource({}), shutdown_on_exit=False)
+    instruments = Instruments(own.get_meter("t"), views)
+    instruments.finished(record)
+    instruments.sampled(0.001)
+    found = {p.name: p.data.explicit_bounds for p in points(reader) if hasattr(p.data, "explicit_bounds")}
+    assert {name: tuple(bounds) for name, bounds in found.items()} == {
+        metric.name: metric.bounds for metric in metrics.METRICS.values() if metric.kind == "histogram"
+    }
+    own.shutdown()
 
 
 def test_requests_are_recorded_elsewhere(

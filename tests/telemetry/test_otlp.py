@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from opentelemetry.metrics import NoOpMeter
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.resources import Resource
 
 from melodi_otel.attribution.books import Books, Snapshot, Who
 from melodi_otel.instrumentation.seam import Begin, End
+from melodi_otel.semconv_metrics import REQUEST_ENERGY
 from melodi_otel.telemetry.metrics import Views
 from melodi_otel.telemetry.providers import MeterSeam, TracerSeam
 from melodi_otel.telemetry.requests import RequestCalls
+from melodi_otel.telemetry.sdk import keeps_exemplars
 from melodi_otel.testing.telemetry import OtlpReceiver, plain
 
 RESOURCE = Resource({"host.id": "h1", "service.name": "svc"})
@@ -51,7 +54,10 @@ def test_request_arrives(
     compression: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A request's span and metrics arrive with the same joules, and the histogram's exemplar names the span."""
+    """A request's span and metrics arrive with the same joules, in the contract's buckets.
+
+    The histogram's exemplar names the span where the SDK keeps exemplars.
+    """
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", compression)
     environ = {**environ_of(receiver, protocol), "OTEL_EXPORTER_OTLP_COMPRESSION": compression}
     tracers, meters = TracerSeam(rig.deferral, environ, RESOURCE), MeterSeam(views, environ, RESOURCE)
@@ -73,8 +79,10 @@ def test_request_arrives(
     metrics = {metric.name: metric for metric in receiver.metrics(1)}
     (point,) = metrics["melodi.request.energy"].histogram.data_points
     assert point.sum == 30.0
-    (exemplar,) = point.exemplars
-    assert (exemplar.trace_id, exemplar.span_id) == (span.trace_id, span.span_id)
+    assert tuple(point.explicit_bounds) == REQUEST_ENERGY.bounds
+    kept = keeps_exemplars(NoOpMeter("t").create_histogram("other"))
+    found = [(exemplar.trace_id, exemplar.span_id) for exemplar in point.exemplars]
+    assert found == ([(span.trace_id, span.span_id)] if kept else [])
     (energy,) = metrics["hw.energy"].sum.data_points
     assert metrics["hw.energy"].sum.is_monotonic
     assert metrics["hw.energy"].unit == "J"
@@ -82,6 +90,21 @@ def test_request_arrives(
     assert all(r["host.id"] == "h1" and r["service.name"] == "svc" for r in receiver.resources())
     tracers.unwrap()
     meters.close()
+
+
+def test_exponential_histograms(
+    kit: Any, views: Views, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where OTEL_* prefers exponential histograms, ours are, bounds or not."""
+    name = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+    environ = {**environ_of(receiver, "http/protobuf"), name: "base2_exponential_bucket_histogram"}
+    monkeypatch.setenv(name, environ[name])  # read by the exporter itself
+    meters = MeterSeam(views, environ, RESOURCE)
+    meters.finished(kit.record())
+    meters.close()
+    metrics = {metric.name: metric for metric in receiver.metrics(1)}
+    (point,) = metrics["melodi.request.energy"].exponential_histogram.data_points
+    assert point.sum == 30.0
 
 
 def test_shutdown_sends(rig: Any, receiver: OtlpReceiver) -> None:

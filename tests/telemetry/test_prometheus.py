@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.resources import Resource
 
 from melodi_otel import semconv_metrics as metrics
@@ -22,6 +23,7 @@ from melodi_otel.telemetry.deferral import SpanCounts
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views
 from melodi_otel.telemetry.providers import ScrapePipeline
+from melodi_otel.telemetry.sdk import keeps_exemplars
 
 
 def program(name: str) -> str:
@@ -72,8 +74,9 @@ def endpoint(kit: Any) -> Iterator[Endpoint]:
     pipeline.close()
 
 
-def fetch(endpoint: Endpoint) -> str:
-    with urllib.request.urlopen(str(endpoint.url), timeout=10) as answer:
+def fetch(endpoint: Endpoint, accept: str = "text/plain") -> str:
+    request = urllib.request.Request(str(endpoint.url), headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.read().decode()
 
 
@@ -153,8 +156,11 @@ def _free_port() -> int:
         return int(holder.getsockname()[1])
 
 
-def test_prometheus(prometheus: Callable[..., list[Any]]) -> None:
-    """Prometheus scrapes the endpoint: the books close in PromQL, and a bucket's exemplar leads to the trace."""
+def test_prometheus(endpoint: Endpoint, prometheus: Callable[..., list[Any]]) -> None:
+    """Prometheus scrapes the endpoint: the books close in PromQL, and a bucket's exemplar leads to the trace.
+
+    An SDK that keeps no exemplars has none to show.
+    """
     query = (
         "sum(melodi_energy_attributed_joules_total) + sum(melodi_energy_unattributed_joules_total)"
         " + sum(melodi_energy_residual_joules) - sum(hw_energy_joules_total)"
@@ -165,6 +171,9 @@ def test_prometheus(prometheus: Callable[..., list[Any]]) -> None:
     assert float(result["value"][1]) == 1.0
     assert result["metric"]["host_id"] == "h1"
     assert result["metric"]["gen_ai_request_model"] == "m"
+    if not keeps_exemplars(NoOpMeter("t").create_histogram("other")):
+        assert " # {" not in fetch(endpoint, accept="application/openmetrics-text")
+        return
     now = time.time()
     (series,) = prometheus(
         "/api/v1/query_exemplars",

@@ -9,13 +9,18 @@ import pytest
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
-from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation, View
+from opentelemetry.sdk.metrics.view import (
+    ExplicitBucketHistogramAggregation,
+    ExponentialBucketHistogramAggregation,
+    View,
+)
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from melodi_otel.telemetry.scrape import ScrapeReader
+from melodi_otel.telemetry.sdk import keeps_exemplars
 
 
 @pytest.fixture
@@ -30,13 +35,23 @@ def provider(reader: ScrapeReader) -> Iterator[MeterProvider]:
     made.shutdown()
 
 
+@pytest.fixture
+def bounded(reader: ScrapeReader) -> Iterator[MeterProvider]:
+    """A provider whose histograms all have whole-numbered bounds."""
+    bounds = ExplicitBucketHistogramAggregation([1, 2, 100000])
+    made = MeterProvider([reader], shutdown_on_exit=False, views=[View(instrument_type=Histogram, aggregation=bounds)])
+    yield made
+    made.shutdown()
+
+
 def text(reader: ScrapeReader) -> list[str]:
     return generate_latest(reader.registry).decode().splitlines()
 
 
-def traced(trace_id: int = 0xABC, span_id: int = 0xDEF) -> Context:
+def traced(trace_id: int = 0xABC, span_id: int = 0xDEF) -> dict[str, Any]:
+    """Arguments that record a value as that of a span, where the SDK takes them."""
     span = SpanContext(trace_id, span_id, is_remote=False, trace_flags=TraceFlags(1))
-    return set_span_in_context(NonRecordingSpan(span), Context())
+    return {"context": set_span_in_context(NonRecordingSpan(span), Context())}
 
 
 def test_names_units_labels(provider: MeterProvider, reader: ScrapeReader) -> None:
@@ -65,11 +80,9 @@ def test_absent_labels_stay_absent(provider: MeterProvider, reader: ScrapeReader
     assert 'melodi_requests_total{a="x",b="y",host_id="h1"} 2.0' in lines
 
 
-def test_buckets_are_floats(provider: MeterProvider, reader: ScrapeReader) -> None:
+def test_buckets_are_floats(bounded: MeterProvider, reader: ScrapeReader) -> None:
     """Bounds are printed as floats, whole ones too, and buckets are cumulative."""
-    histogram = provider.get_meter("t").create_histogram(
-        "melodi.request.energy", "J", "Energy.", explicit_bucket_boundaries_advisory=[1, 2, 100000]
-    )
+    histogram = bounded.get_meter("t").create_histogram("melodi.request.energy", "J", "Energy.")
     for value in (0.5, 1.0, 1.5, 3.0, 1e6):
         histogram.record(value)
     lines = text(reader)
@@ -84,28 +97,35 @@ def test_buckets_are_floats(provider: MeterProvider, reader: ScrapeReader) -> No
     ]
 
 
-def test_exemplars(provider: MeterProvider, reader: ScrapeReader) -> None:
-    """A bucket shows the span of its newest value, to a second scraper too; counters show theirs."""
-    meter = provider.get_meter("t")
-    histogram = meter.create_histogram("e", "J", "E.", explicit_bucket_boundaries_advisory=[1.0, 10.0])
-    histogram.record(5.0, context=traced())
-    histogram.record(0.5, context=Context())
-    meter.create_counter("n", "{request}", "N.").add(1, context=traced(1, 2))
+def test_exemplars(bounded: MeterProvider, reader: ScrapeReader) -> None:
+    """A bucket shows the span of its newest value, to a second scraper too; counters show theirs.
+
+    An SDK that keeps no exemplars shows the same series without them.
+    """
+    meter = bounded.get_meter("t")
+    histogram = meter.create_histogram("e", "J", "E.")
+    counter = meter.create_counter("n", "{request}", "N.")
+    kept = keeps_exemplars(histogram)
+    histogram.record(5.0, **(traced() if kept else {}))
+    histogram.record(0.5)
+    counter.add(1, **(traced(1, 2) if kept else {}))
     for _ in range(2):
         lines = generate_openmetrics(reader.registry).decode().splitlines()
-        with_exemplar = [line for line in lines if " # {" in line]
-        assert len(with_exemplar) == 2
-        ids = f'{{span_id="{0xDEF:016x}",trace_id="{0xABC:032x}"}} 5.0 '
-        assert with_exemplar[0].startswith(f'e_joules_bucket{{host_id="h1",le="10.0"}} 2.0 # {ids}')
-        assert with_exemplar[1].startswith("n_total{")
         assert "# UNIT e_joules joules" in lines
+        (bucket,) = [line for line in lines if line.startswith('e_joules_bucket{host_id="h1",le="100000.0"} 2.0')]
+        (total,) = [line for line in lines if line.startswith('n_total{host_id="h1"} 1.0')]
+        assert [line for line in lines if " # {" in line] == ([bucket, total] if kept else [])
+        if kept:
+            assert f' # {{span_id="{0xDEF:016x}",trace_id="{0xABC:032x}"}} 5.0 ' in bucket
+            assert f' # {{span_id="{2:016x}",trace_id="{1:032x}"}} 1.0 ' in total
 
 
 def test_openmetrics_parses(provider: MeterProvider, reader: ScrapeReader) -> None:
     """The OpenMetrics form is accepted by a strict parser."""
     meter = provider.get_meter("t")
     meter.create_counter("hw.energy", "J", "Energy.").add(1.0, {"hw.id": 'a"b\\c\nd'})
-    meter.create_histogram("e", "J", "E.").record(3.0, context=traced())
+    histogram = meter.create_histogram("e", "J", "E.")
+    histogram.record(3.0, **(traced() if keeps_exemplars(histogram) else {}))
     meter.create_observable_gauge("hw.gpu.utilization", [lambda _: [Observation(0.5)]], unit="1", description="B.")
     families = {f.name: f for f in text_string_to_metric_families(generate_openmetrics(reader.registry).decode())}
     assert families["hw_energy_joules"].unit == "joules"

@@ -277,13 +277,11 @@ def test_blocked_exporter_is_bounded(kit: Any) -> None:
 
 
 def test_on_ending_is_forwarded(rig: Any) -> None:
-    """Where the SDK announces the end of a span, the next processor hears it."""
-    if not hasattr(SpanProcessor, "_on_ending"):
-        pytest.skip("this SDK has no _on_ending")
+    """Where the SDK announces the end of a span, the next processor hears it; before that nobody does."""
     heard: list[str] = []
     rig.captured._on_ending = lambda span: heard.append(span.name)  # type: ignore[method-assign]
     rig.tracer.start_span("a").end()
-    assert heard == ["a"]
+    assert heard == (["a"] if hasattr(SpanProcessor, "_on_ending") else [])
 
 
 def test_rollup_instead_of_total(kit: Any) -> None:
