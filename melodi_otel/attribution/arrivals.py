@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -11,6 +11,7 @@ from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.weights import CostModel
+from melodi_otel.devices import Device
 
 SAME_LANE_NS: Final = 1_000_000
 """Steps given without a lane that overlap by less than this follow each other: clocks and rounding differ by that much."""
@@ -92,16 +93,15 @@ class Arrivals:
             t0_ns = run.t1_ns
         t1_ns = max(t0_ns, t1_ns)
         run.t1_ns = t1_ns
+        theta = state.priced(self._model, self._known(devices or state.devices or ()))
         group = state.id.group
-        rows, participants = price(
-            state, state.priced(self._model), work, lambda name: self._roster.participant(group, name, t0_ns)
-        )
+        rows = price(theta, work, lambda name: self._roster.participant(group, name, t0_ns))
         named = devices if devices is not None else state.devices
         if named is None:
             named = rows[0].activity.devices if rows else ()
         elif devices is not None:
             named = devices + tuple(d for d in self._host_devices if d not in devices)
-        step = Step(state, t0_ns, t1_ns, named, rows, participants)
+        step = Step(t0_ns, t1_ns, rows)
         run.last = {row.activity for row in rows}
         for row in rows:
             activity = row.activity
@@ -117,6 +117,9 @@ class Arrivals:
             account = self._accounts.get(device)
             if account is not None and rows:
                 account.steps.append(step)
+
+    def _known(self, names: Sequence[str]) -> Iterator[Device]:
+        return (self._accounts[name].device for name in names if name in self._accounts)
 
     def _belongs(self, activity: Activity, state: EngineState) -> None:
         """A step names a request that was opened without its engine, or with another one that has shown no steps."""

@@ -128,7 +128,7 @@ class Core:
         if devices is not None:
             known.devices = devices + tuple(d for d in self.host_devices if d not in devices)
         if any(fact is not None for fact in facts):
-            known.facts = EngineFacts(*facts, flops_per_byte=self._balance(known.devices))
+            known.facts = EngineFacts(*facts)
             known.theta = None
         if state == "loading" and (not known.loading_ns or known.loading_ns[-1][1] is not None):
             known.loading_ns.append((t_ns, None))
@@ -288,13 +288,6 @@ class Core:
         return Snapshot(now_ns, books, attributed, unattributed, active)
 
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _balance(self, devices: tuple[str, ...] | None) -> float | None:
-        for name in devices or ():
-            account = self.accounts.get(name)
-            if account and account.device.peak_flops and account.device.bytes_per_s:
-                return account.device.peak_flops / account.device.bytes_per_s
-        return None
 
     def _devices_for(self, engine: EngineId | None, devices: tuple[str, ...] | None) -> tuple[tuple[str, ...], bool]:
         if devices is not None:

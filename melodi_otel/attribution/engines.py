@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Activity
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.settle import Row
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Theta, decode_weight, prefill_weight
+from melodi_otel.devices import Device
 
 Evidence = Literal["unknown", "steps", "tokens", "none"]
 
@@ -26,17 +27,12 @@ class Work(NamedTuple):
 class Step:
     """A step with its rows, priced for the whole of it; ``t0_ns == t1_ns`` is an instant."""
 
-    __slots__ = ("devices", "engine", "participants", "rows", "t0_ns", "t1_ns")
+    __slots__ = ("rows", "t0_ns", "t1_ns")
 
-    def __init__(
-        self, engine: EngineState, t0_ns: int, t1_ns: int, devices: tuple[str, ...], rows: list[Row], participants: int
-    ) -> None:
-        self.engine = engine
+    def __init__(self, t0_ns: int, t1_ns: int, rows: list[Row]) -> None:
         self.t0_ns = t0_ns
         self.t1_ns = t1_ns
-        self.devices = devices
         self.rows = rows
-        self.participants = participants
 
     def part(self, t0_ns: int, t1_ns: int) -> float:
         """How much of it lies in [t0, t1], 0..1."""
@@ -117,10 +113,10 @@ class EngineState:
         self.gaps = 0
         self.clipped = 0
 
-    def priced(self, model: CostModel) -> Theta:
-        """Coefficients of its steps, computed once per declaration."""
+    def priced(self, model: CostModel, devices: Iterable[Device]) -> Theta:
+        """Coefficients of its steps on ``devices``, computed once per declaration."""
         if self.theta is None:
-            self.theta = model.theta(self.facts)
+            self.theta = model.theta(replace(self.facts, flops_per_byte=_balance(devices)))
         return self.theta
 
     def loading_part(self, t0_ns: int, t1_ns: int) -> float:
@@ -143,21 +139,17 @@ class EngineState:
                 del self.lanes[number]
 
 
-def price(
-    engine: EngineState, theta: Theta, work: Iterable[Work], find: Callable[[str], Activity]
-) -> tuple[list[Row], int]:
-    """Rows of a step and its number of participants.
+def price(theta: Theta, work: Sequence[Work], find: Callable[[str], Activity]) -> list[Row]:
+    """Rows of a step.
 
     The fixed cost is split equally among the participants; a row that computes prompt tokens puts its part of it into
     prefill, any other into decode.
     """
-    listed = list(work)
-    participants = len(listed)
-    if not participants:
-        return [], 0
-    fixed = (theta.fixed_prefill if any(row.prefill for row in listed) else theta.fixed) / participants
+    if not work:
+        return []
+    fixed = (theta.fixed_prefill if any(row.prefill for row in work) else theta.fixed) / len(work)
     rows: dict[int, Row] = {}
-    for part in listed:
+    for part in work:
         activity = find(part.id)
         row = rows.get(id(activity))
         if row is None:
@@ -169,4 +161,12 @@ def price(
                 row.decode += theta.decode * part.decode
         else:
             row.decode += fixed + decode_weight(theta, part.decode, part.context)
-    return list(rows.values()), participants
+    return list(rows.values())
+
+
+def _balance(devices: Iterable[Device]) -> float | None:
+    """FLOP per byte of the first device that says both peaks."""
+    for device in devices:
+        if device.peak_flops and device.bytes_per_s:
+            return device.peak_flops / device.bytes_per_s
+    return None

@@ -117,7 +117,7 @@ class IntervalCloser:
                 groups.setdefault(activity.engine, []).append((activity, segments))
         for engine_id, members in groups.items():
             engine = self._roster.engines[engine_id] if engine_id is not None else None
-            theta = engine.priced(self._model) if engine else self._model.theta(EngineFacts())
+            theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else 5000.0
             cells += slice_cells(members, theta, speed, self._best)
         return cells

@@ -427,3 +427,18 @@ def test_a_long_step_is_waited_for() -> None:
     assert {row["method"] for row in shares.values()} == {"step"}
     assert shares["a", "G"]["joules"] + shares["b", "G"]["joules"] == pytest.approx(410.5)
     assert shares["a", "G"]["prefill"] > 250.0
+
+
+def test_peaks_of_the_device_balance_compute_and_memory() -> None:
+    """A device of 100 FLOP per byte makes 2 x 8e9 / 100 = 160e6 bytes of a token."""
+    a, b = 8e9 + 1000 * 160e6, 8e9 + 160e6 + 500 * 131_072
+    lines = [gpu(0.0, peak_flops=1e14, bytes_per_s=1e12), at(1, 0)]
+    lines += [opened(1, "a", engine=None), opened(1, "b", engine=None)]
+    lines += [
+        {**step(1, 2, a=[1000, 0, 1000], b=[0, 1, 501]), "engine": None},
+        closed(2, "a"),
+        closed(2, "b"),
+        at(2, 80),
+    ]
+    shares, _ = run(lines)
+    assert shares["a", "G"]["prefill"] == pytest.approx(80 * a / (a + b), rel=1e-12)
