@@ -12,6 +12,9 @@ from melodi_otel.timeline.timeline import Interval
 
 MIN_WAIT_S: Final = 1.0
 MAX_WAIT_S: Final = 5.0
+STEP_PART: Final = 0.7
+"""Of the time that a span waits at most, so much is for steps that run across an interval; the rest is for the reading after
+its end and the settling, or a span would give up a moment before its joules come."""
 TOKENS_WAIT_S: Final = 0.15
 """How long the newest token counts are waited for: they are read right after the sensor moved."""
 
@@ -27,9 +30,9 @@ def may_close(
 ) -> bool:
     """Whether the evidence for ``interval`` is complete, or late enough to do without.
 
-    ``longest_s`` is how late that is; None: :func:`wait_s` of the device.
+    ``longest_s`` is how late that is; None: :data:`STEP_PART` of :func:`wait_s` of the device.
     """
-    longest_s = wait_s(account.device, account.interval_s) if longest_s is None else longest_s
+    longest_s = STEP_PART * wait_s(account.device, account.interval_s) if longest_s is None else longest_s
     if now_ns >= interval.t1_ns + round(1e9 * longest_s):
         return True
     cpu_ns = account.cpu.last_ns

@@ -53,7 +53,7 @@ class Ledger:
         best: use no better evidence than this tier (to compare tiers on one trace); None: the best there is.
         who: makes the metric identity of a request from its model and labels.
         finished: called with (key, shares) for every settled activity, anonymous ones included, on the settling thread.
-        step_wait_s: how long an interval waits for steps that run across it; None: ``closing.wait_s`` of the device.
+        step_wait_s: how long an interval waits for steps that run across it; None: a part of ``closing.wait_s`` of the device.
         tap: sees every message (its name and arguments) before it takes effect, on the settling thread; the recorder.
         watch: called with (open requests, monotonic ns) on every open and close, on the request's thread; must be quick.
     """
