@@ -177,6 +177,27 @@ def instrumented(calls):
     instrumentor.uninstrument()
 
 
+@pytest.fixture
+def without_and_with(calls):
+    """A function: what its argument returns or raises, first without the instrumentation, then with it."""
+
+    def ask(act):
+        found = []
+        for instrument in (False, True):
+            instrumentor = TransformersInstrumentor(calls)
+            if instrument:
+                instrumentor.instrument()
+            try:
+                found.append(act())
+            except Exception as error:
+                found.append(error)
+            finally:
+                instrumentor.uninstrument()
+        return found
+
+    return ask
+
+
 @pytest.fixture(scope="session")
 def llama():
     return tiny_model.llama()

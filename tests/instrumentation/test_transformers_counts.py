@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +13,13 @@ from melodi_otel.instrumentation.transformers.arguments import Arguments
 from melodi_otel.instrumentation.transformers.counts import cached_length, completion_of, prompt_of
 
 
-def plainly(row, eos, pad, together):
+def plainly(row, eos, pad, padded):
     """The rule in words: up to and including the first end; else all, without padding a batch put there."""
     for index, token in enumerate(row):
         if token in eos:
             return index + 1
     kept = list(row)
-    while together and eos and pad is not None and pad not in eos and kept and kept[-1] == pad:
+    while padded and eos and pad is not None and pad not in eos and kept and kept[-1] == pad:
         kept.pop()
     return len(kept)
 
@@ -32,15 +34,14 @@ def plainly(row, eos, pad, together):
     width=st.integers(0, 2),
     eos=st.sampled_from([(), (2,), (2, 3), (0,)]),
     pad=st.sampled_from([None, 0, 2]),
-    together=st.booleans(),
+    padded=st.booleans(),
 )
-def test_completion(rows, width, eos, pad, together):
+def test_completion(rows, width, eos, pad, padded):
     """Vectorised or by one row, the count is the one the rule gives."""
-    together = together or len(rows) > 1
     ids = torch.tensor([[9] * width + row for row in rows], dtype=torch.long).reshape(len(rows), -1)
-    done = completion_of(ids, width, eos, pad, together=together)
+    done = completion_of(ids, width, eos, pad, padded=padded)
     # a single row is never padded: its loop ends with it
-    apart = together and len(rows) > 1
+    apart = padded and len(rows) > 1
     assert done.tokens == [plainly(row, eos, pad, apart) for row in rows]
     assert done.ended == [any(token in eos for token in row) for row in rows]
 
@@ -110,12 +111,45 @@ def test_cache_forms():
 
 def test_settings_in_order():
     """The keyword wins over the caller's config, that over the model's own."""
-    from types import SimpleNamespace
-
     model = SimpleNamespace(generation_config=SimpleNamespace(num_beams=2, top_k=3, pad_token_id=0))
     mine = SimpleNamespace(num_beams=4, top_k=None)
     found = Arguments(model, (None, mine), {"pad_token_id": 7})
     assert [found.setting(name) for name in ("num_beams", "top_k", "pad_token_id", "nothing")] == [4, 3, 7, None]
+
+
+def test_none_as_a_keyword():
+    """A keyword that is None takes the setting away, as it does in transformers."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
+    assert Arguments(model, (), {"eos_token_id": None}).token_ids("eos_token_id") == ()
+    assert Arguments(model, (), {}).token_ids("eos_token_id") == (2,)
+
+
+class Born:
+    """A config that is born with values, as in 4.57."""
+
+    def __init__(self, version="4.57.6", **values):
+        self.transformers_version = version
+        self.do_sample, self.num_beams, self.top_p, self.eos_token_id = False, 1, 1.0, None
+        vars(self).update(values)
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "beams"),
+    [
+        ("4.57.6", {}, 4),
+        ("4.50.0.dev0", {}, 4),
+        ("4.49.0", {}, None),
+        ("4.49.0", {"use_model_defaults": True}, 4),
+        ("4.57.6", {"use_model_defaults": False}, None),
+        ("4.57.6", {"num_beams": 1}, 1),
+    ],
+    ids=str,
+)
+def test_values_a_config_is_born_with(version, options, beams):
+    """They count as set by nobody: the model's config stands in, though an old model's for its end ids alone."""
+    model = SimpleNamespace(generation_config=Born(version, num_beams=4, eos_token_id=2))
+    found = Arguments(model, (None, Born()), options)
+    assert [found.setting(name) for name in ("num_beams", "top_p", "eos_token_id")] == [beams, None, 2]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +174,16 @@ def test_end_ids(value, ids):
 def test_limit(options, limit):
     """New tokens as asked for, else what the length leaves behind the prompt, else unknown."""
     assert Arguments(None, (), options).limit(3, 3) == limit
+
+
+@pytest.mark.parametrize(
+    ("places", "width", "positions", "limit"),
+    [(None, 3, 3, 20), (1024, 3, 3, 20), (16, 3, 3, 13), (16, 16, 16, None), (1024, 0, 9, None)],
+)
+def test_limit_nobody_set(places, width, positions, limit):
+    """Where nobody set a limit, transformers stops after 20 tokens, or where the model has no more positions."""
+    model = SimpleNamespace(generation_config=Born(), config=SimpleNamespace(max_position_embeddings=places))
+    assert Arguments(model, (), {}).limit(width, positions) == limit
 
 
 def test_attributes():

@@ -74,12 +74,47 @@ def test_refused_arguments(instrumented, llama):
     assert (end.outcome, end.output_tokens, type(end.error)) == ("error", 0, ValueError)
 
 
-def test_empty_tensor(instrumented, llama):
+def test_empty_tensor(calls, llama, without_and_with):
     """An empty prompt tensor breaks in transformers as it does without us, and is told."""
-    with pytest.raises(RuntimeError, match="reshape"):
-        llama.generate(torch.zeros((1, 0), dtype=torch.long), max_new_tokens=3)
-    call = instrumented.only
-    assert (call.begin.prompt_tokens, call.ended.outcome, call.ended.output_tokens) == (0, "error", 0)
+    nothing = torch.zeros((1, 0), dtype=torch.long)
+    without, error = without_and_with(lambda: llama.generate(nothing, max_new_tokens=3))
+    assert isinstance(error, Exception)
+    assert (type(error), str(error)) == (type(without), str(without))
+    end = calls.only.ended
+    assert (calls.only.begin.prompt_tokens, end.outcome, end.output_tokens, end.error) == (0, "error", 0, error)
+
+
+def test_lookup_without_an_end_id(calls, llama, without_and_with):
+    """Prompt lookup on a model without an end id is refused by 4.57 and served by 5.x: with us as without."""
+    known = []
+
+    class Look(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            known.append(input_ids.shape[1] - 4)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8, "do_sample": False}
+    criteria = transformers.StoppingCriteriaList([Look()])
+    without, found = without_and_with(lambda: llama.generate(PROMPT, stopping_criteria=criteria, **options))
+    end = calls.only.ended
+    if isinstance(found, Exception):
+        assert (type(found), str(found)) == (type(without), str(without))
+        assert (end.outcome, end.output_tokens, end.error) == ("error", known[-1], found)
+    else:
+        assert torch.equal(found, without)
+        assert (end.outcome, end.output_tokens, end.error) == ("length", 8, None)
+
+
+def test_paged_where_there_is_none(calls, llama, without_and_with):
+    """4.57 knows no paged cache, and no version a cache by no known name: refused with us as without."""
+    known = hasattr(transformers, "ContinuousBatchingConfig")
+    name = "no such cache" if known else "paged"
+    refused = lambda: llama.generate(PROMPT, cache_implementation=name, max_new_tokens=3)
+    without, error = without_and_with(refused)
+    assert isinstance(error, ValueError)
+    assert (type(error), str(error)) == (type(without), str(without))
+    assert (calls.only.begin.prompt_tokens, calls.only.ended.outcome) == (4, "error")
+    assert calls.meter.steps == []
 
 
 def test_interrupted_batch(instrumented):
@@ -112,6 +147,7 @@ def test_interrupted_draft(instrumented, llama):
         )
     call = instrumented.only
     drafts = call.begin.probe.__self__._steps.drafts
+    assert len(drafts) == len(call.steps) + 1
     assert call.ended.output_tokens == drafts[-1][0] - 4
 
 

@@ -58,7 +58,7 @@ def test_plain(instrumented, llama):
         {"do_sample": True},
         {"num_beams": 3, "do_sample": False},
         {"do_sample": True, "num_return_sequences": 2},
-        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+        {"prompt_lookup_num_tokens": 3, "do_sample": False, "eos_token_id": 2},  # 4.57 needs one here
         {"return_dict_in_generate": True, "output_scores": True},
     ],
     ids=str,
@@ -140,6 +140,93 @@ def test_first_end_of_sequence(instrumented):
     assert result[0, 3:].tolist()[2:] == [2, 0, 0, 0]
     assert instrumented.only.ended.output_tokens == 9
     assert instrumented.only.ended.finish_reasons == ("stop", "length")
+
+
+def test_padding_id_as_output(instrumented):
+    """A model that says the padding id said a token: only an end of sequence is followed by padding."""
+    model = tiny_model.llama(eos=2)
+
+    class Say(transformers.LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.calls += 1
+            scores = torch.full_like(scores, -torch.inf)
+            scores[0, 0] = 0.0
+            scores[1, 2 if self.calls == 3 else 7] = 0.0
+            return scores
+
+    result = model.generate(
+        PROMPT.repeat(2, 1),
+        max_new_tokens=5,
+        do_sample=False,
+        logits_processor=transformers.LogitsProcessorList([Say()]),
+    )
+    assert result[:, 4:].tolist() == [[0] * 5, [7, 7, 2, 0, 0]]
+    end = instrumented.only.ended
+    assert (end.output_tokens, end.finish_reasons) == (5 + 3, ("length", "stop"))
+
+
+def test_padding_after_a_criterion(instrumented):
+    """A row that a criterion of the caller's ended has no end of sequence: what pads it is no output."""
+    model = tiny_model.llama(eos=2)
+
+    class First(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 6, False])
+
+    result = model.generate(
+        PROMPT.repeat(2, 1),
+        max_new_tokens=5,
+        do_sample=False,
+        stopping_criteria=transformers.StoppingCriteriaList([First()]),
+    )
+    assert result[0, 6:].tolist() == [0, 0, 0]
+    end = instrumented.only.ended
+    assert (end.output_tokens, end.finish_reasons) == (2 + 5, ("stop", "length"))
+
+
+def test_end_id_taken_away(instrumented):
+    """An end id that the call takes away ends nothing, and the count goes on too."""
+    model = tiny_model.llama(eos=2)
+    model.generate(PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None, logits_processor=at_step(3, 0, 2, 1))
+    end = instrumented.only.ended
+    assert (end.output_tokens, end.finish_reasons) == (6, ("length",))
+
+
+@pytest.mark.parametrize("made_by", [None, "4.40.0"], ids=["this version", "an old version"])
+def test_settings_of_the_model(instrumented, made_by):
+    """Beams of the model's own config under a config of the caller's: as many rows are told as are computed."""
+    model = tiny_model.llama()
+    model.generation_config.num_beams = 3
+    if made_by is not None:
+        model.generation_config.transformers_version = made_by
+    rows = set()
+
+    class Look(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            rows.add(input_ids.shape[0])
+            return scores
+
+    config = transformers.GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    model.generate(PROMPT, generation_config=config, logits_processor=transformers.LogitsProcessorList([Look()]))
+    call = instrumented.only
+    assert rows == {len(call.children)}
+    assert call.ended.output_tokens == 4
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize(("at", "reason"), [(22, "stop"), (99, "length")], ids=["stopped", "run out"])
+def test_no_limit_given(instrumented, llama, at, reason):
+    """Without a limit transformers ends after 20 tokens; a criterion that ends it earlier is a stop."""
+
+    class After(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= at)
+
+    llama.generate(PROMPT, stopping_criteria=transformers.StoppingCriteriaList([After()]))
+    end = instrumented.only.ended
+    assert (end.output_tokens, end.finish_reasons) == (min(at - 4, 20), (reason,))
 
 
 def test_stop(instrumented):
@@ -254,6 +341,10 @@ def test_static_cache(instrumented, llama):
     assert (call.begin.prompt_tokens, call.begin.cached_tokens, call.ended.output_tokens) == (4, 0, 5)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "ContinuousBatchingConfig"),
+    reason="generate() of this transformers has no paged cache; that it refuses is test_paged_where_there_is_none",
+)
 def test_paged(instrumented, llama):
     """Paged generation is one call without a step clock: no first token, no steps, exact counts."""
     sizes = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)

@@ -120,7 +120,7 @@ def test_assisted_by_itself(instrumented, llama):
 def test_prompt_lookup(instrumented, llama):
     """Drafts looked up in the prompt are counted like an assistant's."""
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    llama.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=6, do_sample=False)
+    llama.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=6, do_sample=False, eos_token_id=2)
     call = instrumented.only
     assert call.ended.output_tokens == 6
     assert call.work[0] == 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from melodi_otel.instrumentation.seam import AttributeValue
@@ -19,22 +20,40 @@ POSITIONAL: Final = (
 )
 """Parameters of ``generate`` after ``self``, as far as anything here reads them; the same in 4.57 and 5.x."""
 
+_TOKENS: Final = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
+"""What 4.57 takes from the model's config even where it takes nothing else from there."""
+
+_NEW_TOKENS: Final = 20
+"""The most new tokens where no limit was set."""
+
 
 class Arguments:
-    """The arguments of one call, with transformers' rule for settings: the keyword, else the caller's
-    ``generation_config``, else the model's own.
+    """The arguments of one call, with transformers' rule for settings: the keyword, even if it is None, else the
+    caller's ``generation_config``, else the model's own.
+
+    A config of 4.57 is born with a value for everything, and one that still has it counts as not set there; in 5.x it is
+    born empty.
 
     Args:
         model: the object ``generate`` was called on.
         args, kwargs: what it was called with.
     """
 
-    __slots__ = ("_configs", "_given")
+    __slots__ = ("_configs", "_given", "_inherits", "_model")
 
     def __init__(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._given: dict[str, Any] = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
-        configs = (self._given.get("generation_config"), getattr(model, "generation_config", None))
-        self._configs = tuple(config for config in configs if config is not None)
+        self._model = model
+        own, models = self._given.get("generation_config"), getattr(model, "generation_config", None)
+        self._configs = tuple((config, born_with(config.__class__)) for config in (own, models) if config is not None)
+        self._inherits = own is None or models is None or self._takes_over(own, models)
+
+    def _takes_over(self, own: Any, models: Any) -> bool:
+        """Whether what the caller's config leaves open comes from the model's: in 4.57 not with an old model."""
+        if "do_sample" not in born_with(own.__class__):
+            return True
+        asked = self._given.get("use_model_defaults")
+        return _version(models) >= (4, 50) if asked is None else bool(asked)
 
     def get(self, name: str) -> Any:
         """An argument as given, or None."""
@@ -42,12 +61,12 @@ class Arguments:
 
     def setting(self, name: str) -> Any:
         """A generation setting, or None where nobody set it."""
-        value = self._given.get(name)
-        if value is not None:
-            return value
-        for config in self._configs:
-            value = getattr(config, name, None)
-            if value is not None:
+        if name in self._given:
+            return self._given[name]
+        configs = self._configs if self._inherits or name in _TOKENS else self._configs[:1]
+        for config, born in configs:
+            value, before = getattr(config, name, None), born.get(name)
+            if value is not None and (before is None or value != before):
                 return value
         return None
 
@@ -89,8 +108,16 @@ class Arguments:
             return int(new)
         total = self.setting("max_length")
         if total is None:
-            return None
+            return self._unlimited(width) if width == positions else None
         left = int(total) - max(width, positions or 0)
+        return left if left > 0 else None
+
+    def _unlimited(self, width: int) -> int | None:
+        """The limit where none was set: transformers' own, within the model's positions."""
+        if getattr(self._model, "generation_config", None) is None:
+            return None
+        places: object = getattr(getattr(self._model, "config", None), "max_position_embeddings", None)
+        left = min(_NEW_TOKENS, places - width) if isinstance(places, int) else _NEW_TOKENS
         return left if left > 0 else None
 
     def attributes(self) -> dict[str, AttributeValue]:
@@ -109,3 +136,21 @@ class Arguments:
         if (stops := self.setting("stop_strings")) is not None:
             found["gen_ai.request.stop_sequences"] = (stops,) if isinstance(stops, str) else tuple(map(str, stops))
         return found
+
+
+@functools.lru_cache(maxsize=16)
+def born_with(kind: Callable[[], Any]) -> Mapping[str, Any]:
+    """The values that a config of this class has before anyone sets one; none where it is born empty."""
+    try:
+        fresh: dict[str, Any] = kind().__dict__
+    except Exception:
+        return {}
+    return {name: value for name, value in fresh.items() if value is not None and name[0] != "_"}
+
+
+def _version(config: Any) -> tuple[int, ...]:
+    """Which transformers a config was made by: major and minor, or nothing where it does not say."""
+    try:
+        return tuple(int(part) for part in str(config.transformers_version).split(".")[:2])
+    except Exception:
+        return ()

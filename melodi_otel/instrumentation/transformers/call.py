@@ -155,10 +155,15 @@ class GenerateCall:
             if raised is not error:
                 self._complaints.about("leaving the span")
 
-    def drafted(self, before: int, drafts: int) -> None:
-        """An assisted step is about to verify ``drafts`` tokens after ``before`` known ones."""
+    def drafting(self, before: int) -> None:
+        """An assisted step begins, after ``before`` known tokens."""
         if self._steps is not None:
-            self._steps.drafts.append((before, drafts))
+            self._steps.drafts.append((before, 0))
+
+    def drafted(self, before: int, drafts: int) -> None:
+        """It is about to verify ``drafts`` tokens."""
+        if self._steps is not None:
+            self._steps.drafts[-1] = before, drafts
 
     def finish(self, result: Any) -> None:
         """It returned ``result``."""
@@ -202,8 +207,7 @@ class GenerateCall:
         if request is None or request.custom or sequences is None:
             return end
         width = decoder_width(request.prompt, request.start)
-        together = request.prompt.rows * request.copies > 1
-        done = completion_of(sequences, width, request.eos, request.pad, together=together)
+        done = completion_of(sequences, width, request.eos, request.pad, padded=request.may_be_padded)
         # a sequence that stopped without an end token and below its limit met another criterion of the caller's
         limit = request.limit
         reasons = [

@@ -173,9 +173,7 @@ def cached_length(cache: Any) -> int:
     return int(cache[0][0].shape[-2]) if len(cache) else 0
 
 
-def completion_of(
-    sequences: Tensor, width: int, eos: tuple[int, ...], pad: int | None, *, together: bool
-) -> Completion:
+def completion_of(sequences: Tensor, width: int, eos: tuple[int, ...], pad: int | None, *, padded: bool) -> Completion:
     """Count returned ids: vectorised, with one copy to the host (two where padding has to be told apart).
 
     Args:
@@ -183,7 +181,8 @@ def completion_of(
         width: columns that belong to the prompt.
         eos: ids that end a sequence.
         pad: the padding id, or None.
-        together: several sequences ran as one batch, so one that ended early may be padded without an end token.
+        padded: whether a sequence of several may have ended without an end token, so that padding follows it; else
+            padding ids are what the model said.
     """
     rows, length = int(sequences.shape[0]), max(int(sequences.shape[1]) - width, 0)
     if length == 0 or not eos:
@@ -201,7 +200,7 @@ def completion_of(
     first: list[int] = ((hits.int().argmax(-1) + 1) * hits.any(-1)).tolist()
     ended = [count > 0 for count in first]
     tokens = [count or length for count in first]
-    if together and pad is not None and pad not in eos and not all(ended):
+    if padded and pad is not None and pad not in eos and not all(ended):
         real = (new != pad).int()
         trailing: list[int] = (real.flip(-1).argmax(-1) + (real.sum(-1) == 0) * length).tolist()
         tokens = [count if end else count - tail for count, end, tail in zip(tokens, ended, trailing, strict=True)]

@@ -181,9 +181,14 @@ def _watch(generator: Any, call: GenerateCall, complaints: Complaints) -> None:
     behind = ref(generator)
 
     def get_candidates(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        found = inner(behind(), input_ids, *args, **kwargs)
+        before = 0
         try:
             before = int(input_ids.shape[1])
+            call.drafting(before)
+        except Exception:
+            complaints.about("counting drafts")
+        found = inner(behind(), input_ids, *args, **kwargs)
+        try:
             call.drafted(before, int(found[0].shape[1]) - before)
         except Exception:
             complaints.about("counting drafts")

@@ -23,6 +23,7 @@ class Request:
         looped: whether transformers' own loop runs, which asks the step clock.
         custom: whether somebody else's loop generates, whose result may be anything.
         may_end_early: whether a sequence can end before the others of its batch.
+        may_be_padded: whether it can do so without an end token, and be padded then.
         eos: ids that end a sequence.
         pad: the padding id, or None.
         start: ids an encoder-decoder's output starts with.
@@ -37,6 +38,7 @@ class Request:
     looped: bool
     custom: bool
     may_end_early: bool
+    may_be_padded: bool
     eos: tuple[int, ...]
     pad: int | None
     start: tuple[int, ...]
@@ -49,15 +51,19 @@ def request_of(model: Any, given: Arguments) -> Request:
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     prompt = prompt_of(given, encoder_decoder=encoder_decoder)
     choices = given.whole("num_return_sequences", 1)
+    beams = given.whole("num_beams", 1)
+    criteria = any(given.setting(name) for name in ("stopping_criteria", "stop_strings"))
     eos, pad = given.token_ids("eos_token_id"), given.token_ids("pad_token_id")
     return Request(
         prompt=prompt,
-        copies=max(given.whole("num_beams", 1), choices),
+        copies=max(beams, choices),
         returned=prompt.rows * choices,
         cache=given.setting("use_cache") is not False,
         looped=not given.paged and not given.custom,
         custom=given.custom,
-        may_end_early=bool(eos) or any(given.setting(name) for name in ("stopping_criteria", "stop_strings")),
+        may_end_early=bool(eos) or criteria,
+        # a limit of tokens or time ends all sequences at once; beams may lack a candidate altogether
+        may_be_padded=(criteria or beams > 1) and prompt.rows * max(beams, choices) > 1,
         eos=eos,
         pad=pad[0] if pad else None,
         start=given.token_ids("decoder_start_token_id") or given.token_ids("bos_token_id"),
