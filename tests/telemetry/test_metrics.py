@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.resources import Resource
 
@@ -136,13 +136,12 @@ def test_requests_are_recorded(
     provider: MeterProvider, reader: InMemoryMetricReader, views: Views, record: RequestRecord
 ) -> None:
     """A finished request is counted once everywhere, with the exemplar of its span where the SDK keeps exemplars."""
-    meter = provider.get_meter("t")
-    Instruments(meter, views).finished(record)
+    Instruments(provider.get_meter("t"), views).finished(record)
     call = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "transformers", "gen_ai.request.model": "m"}
     (energy,) = points(reader, "melodi.request.energy")
     assert energy.value == 30.0
     assert energy.attributes == {**call, "melodi.energy.scope": "gpu", "melodi.energy.quality": "measured"}
-    kept = sdk.keeps_exemplars(meter.create_histogram("other"))
+    kept = sdk.keeps_exemplars(Histogram)
     found = [(exemplar.trace_id, exemplar.span_id, exemplar.value) for exemplar in sdk.exemplars(energy.data)]
     assert found == ([(0xABC, 0xDEF, 30.0)] if kept else [])
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.metrics import NoOpMeter
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+from opentelemetry.sdk.metrics import Histogram
 from opentelemetry.sdk.resources import Resource
 
 from melodi_otel.attribution.books import Books, Snapshot, Who
@@ -80,7 +80,7 @@ def test_request_arrives(
     (point,) = metrics["melodi.request.energy"].histogram.data_points
     assert point.sum == 30.0
     assert tuple(point.explicit_bounds) == REQUEST_ENERGY.bounds
-    kept = keeps_exemplars(NoOpMeter("t").create_histogram("other"))
+    kept = keeps_exemplars(Histogram)
     found = [(exemplar.trace_id, exemplar.span_id) for exemplar in point.exemplars]
     assert found == ([(span.trace_id, span.span_id)] if kept else [])
     (energy,) = metrics["hw.energy"].sum.data_points
