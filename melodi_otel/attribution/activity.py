@@ -130,7 +130,8 @@ class Activity:
         self.last_step_ns: int | None = None
         self.progress_t: list[int] = []
         self.progress_n: list[int] = []
-        self.prefill_charged = 0.0
+        # Per device: each divides its own joules, at its own readings.
+        self.prefill_charged: dict[str, float] = {}
         self.counted = False
         self.accruals: dict[str, Accrual] = {}
         self.future: Future[list[Share]] = Future()
@@ -168,13 +169,13 @@ class Activity:
         """Prompt tokens to compute: prompt minus cached; 0 while unknown."""
         return float(max(0, (self.prompt_tokens or 0) - (self.cached_tokens or 0)))
 
-    def prefill_in(self, t0_ns: int, t1_ns: int, tokens_per_s: float) -> float:
-        """Prompt tokens computed in [t0, t1]: evenly up to the first token where that is known, else at an assumed speed.
+    def prefill_in(self, device: str, t0_ns: int, t1_ns: int, tokens_per_s: float) -> float:
+        """Prompt tokens to charge on ``device`` for [t0, t1]: evenly up to the first token where that is known, else at an assumed speed.
 
         What an earlier guess left over is charged when the first token shows that the prompt is done, so the sum over a
         request is exact.
         """
-        left = self.computed_prompt - self.prefill_charged
+        left = self.computed_prompt - self.prefill_charged.get(device, 0.0)
         if left <= 0.0:
             return 0.0
         done_ns = self.first_token_ns

@@ -119,7 +119,7 @@ class IntervalCloser:
             engine = self._roster.engines[engine_id] if engine_id is not None else None
             theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else 5000.0
-            cells += slice_cells(members, theta, speed, self._best)
+            cells += slice_cells(account.device.id, members, theta, speed, self._best)
         return cells
 
     def _slice_of(self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ def tier_of(activity: Activity) -> Tier:
 
 
 def slice_cells(
+    device: str,
     members: Sequence[tuple[Activity, list[tuple[int, int]]]],
     theta: Theta,
     tokens_per_s: float,
@@ -37,6 +38,7 @@ def slice_cells(
     """Cells of one engine's requests in one interval.
 
     Args:
+        device: whose interval it is.
         members: requests with the parts of the interval in which they own device time.
         theta: cost coefficients of the engine.
         tokens_per_s: speed of prefill to assume where the first token is not known yet.
@@ -49,8 +51,8 @@ def slice_cells(
         if tier == "equal":
             bins.append((activity, segments, tier, 0.0, 0.0, 0.0))
             continue
-        prefill = activity.prefill_in(start, stop, tokens_per_s)
-        activity.prefill_charged += prefill
+        prefill = activity.prefill_in(device, start, stop, tokens_per_s)
+        activity.prefill_charged[device] = activity.prefill_charged.get(device, 0.0) + prefill
         decode = max(0.0, activity.tokens_at(stop) - activity.tokens_at(start))
         bins.append(
             (activity, segments, tier, prefill, decode, _prefill_part(activity, start, stop, prefill, tokens_per_s))

@@ -442,3 +442,16 @@ def test_peaks_of_the_device_balance_compute_and_memory() -> None:
     ]
     shares, _ = run(lines)
     assert shares["a", "G"]["prefill"] == pytest.approx(80 * a / (a + b), rel=1e-12)
+
+
+def test_devices_divide_their_slices_each_for_itself() -> None:
+    """Two devices of the same power see the same prompt: both have the same share and the same prefill part."""
+    both = ["G", "H"]
+    lines = [gpu(0.0), gpu(0.0, "H"), {**ENGINE, "devices": both}, at(0, 0), at(0, 0, "H")]
+    lines += [opened(0, "a", devices=both), opened(0, "b", devices=both, prompt_tokens=9)]
+    lines += [closed(2, "a", 20, first_token_t=1.0), closed(2, "b", 30, first_token_t=0.2), at(2, 200), at(2, 200, "H")]
+    shares, _ = run(lines)
+    for name in ("a", "b"):
+        one, other = shares[name, "G"], shares[name, "H"]
+        assert one["prefill"] > 0
+        assert (one["joules"], one["prefill"]) == (pytest.approx(other["joules"]), pytest.approx(other["prefill"]))
