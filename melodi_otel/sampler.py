@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from melodi_otel.clock import Clock
@@ -135,7 +135,9 @@ class Sampler:
         self._open = 0
         self._closed_ns = clock.monotonic_ns()
         self._urgent = True
-        self._cost = Cost()
+        self._rounds = self._failures = 0
+        self._seconds = self._cpu_s = 0.0
+        self._joules: float | None = None
         self._self_before: tuple[float, float, float] | None = None
         self._states: dict[str, GpuState] = {}
         self._said: set[str] = set()
@@ -150,7 +152,7 @@ class Sampler:
     @property
     def cost(self) -> Cost:
         """What sampling cost so far; an immutable snapshot."""
-        return self._cost
+        return Cost(self._rounds, self._failures, self._seconds, self._cpu_s, self._joules)
 
     @property
     def states(self) -> Mapping[str, GpuState]:
@@ -209,7 +211,7 @@ class Sampler:
                     moved += [self._round(track)]
             if moved:
                 spent = (self._thread_time_ns() - started) / NS_PER_S
-                self._cost = replace(self._cost, cpu_s=self._cost.cpu_s + spent)
+                self._cpu_s += spent
                 self._sink.round_done(self._clock.monotonic_ns(), any(moved))
         except Exception:
             self._once("tick", "a sampling round failed", exc_info=True)
@@ -254,7 +256,8 @@ class Sampler:
             self._own_energy(track, counters, cpu[1])
         self._look_at_states(track, start_ns)
         spent_s = (self._clock.monotonic_ns() - start_ns) / NS_PER_S
-        self._cost = replace(self._cost, rounds=self._cost.rounds + 1, seconds=self._cost.seconds + spent_s)
+        self._rounds += 1
+        self._seconds += spent_s
         if self._observe is not None:
             try:
                 self._observe(spent_s, late_s)
@@ -288,7 +291,7 @@ class Sampler:
 
     def _failure(self, track: Track, error: Exception) -> None:
         track.failures += 1
-        self._cost = replace(self._cost, failures=self._cost.failures + 1)
+        self._failures += 1
         name = track.source.name
         now_ns = self._clock.monotonic_ns()
         if isinstance(error, Gone):
@@ -329,14 +332,14 @@ class Sampler:
         joules = math.fsum(
             r.joules for r in counters if track.known.get(r.device) and track.known[r.device].type == "cpu"
         )
-        before, now = self._self_before, (joules, host_busy_s, self._cost.cpu_s)
+        before, now = self._self_before, (joules, host_busy_s, self._cpu_s)
         self._self_before = now
         if before is None:
             return
         used_j, host_s, own_s = (after - then for after, then in zip(now, before, strict=True))
         if used_j >= 0 and host_s > 0:  # a wrap is left out: this is a figure about ourselves, not in any sum
             share = min(1.0, own_s / host_s)
-            self._cost = replace(self._cost, joules=(self._cost.joules or 0.0) + used_j * share)
+            self._joules = (self._joules or 0.0) + used_j * share
 
     def _look_at_states(self, track: Track, now_ns: int) -> None:
         if track.state is None or not self._active(now_ns) or now_ns - track.states_ns < NS_PER_S:

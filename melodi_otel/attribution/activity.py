@@ -170,7 +170,9 @@ class Activity:
         return float(max(0, (self.prompt_tokens or 0) - (self.cached_tokens or 0)))
 
     def prefill_in(self, device: str, t0_ns: int, t1_ns: int, tokens_per_s: float) -> float:
-        """Prompt tokens to charge on ``device`` for [t0, t1]: evenly up to the first token where that is known, else at an assumed speed.
+        """Prompt tokens to charge on ``device`` for [t0, t1].
+
+        Evenly up to the first token where that is known, else at an assumed speed.
 
         What an earlier guess left over is charged when the first token shows that the prompt is done, so the sum over a
         request is exact.

@@ -356,7 +356,8 @@ def _boards(api: NvmlApi, seen: Visible, handles: Mapping[str, object], notes: l
 
 def _board(api: NvmlApi, handle: object, choice: Choice) -> Board:
     can = probe(api, handle, choice.board.name)
-    return Board(handle, describe(api, handle, choice, can), can, fields_of(can))
+    fields = fields_of(can)
+    return Board(handle, describe(api, handle, choice, can), can, lib.FieldCall(api, fields) if fields else None)
 
 
 def _shut_down(api: NvmlApi) -> None:

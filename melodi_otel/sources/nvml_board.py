@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 from melodi_otel.devices import Device
 from melodi_otel.errors import Refused
 from melodi_otel.sources import nvml_library as lib
-from melodi_otel.sources.nvml_library import FieldValue, NvmlApi
+from melodi_otel.sources.nvml_library import NvmlApi
 from melodi_otel.sources.nvml_visible import BoardId, Choice, MigSlice, share_of_profile
 
 T = TypeVar("T")
@@ -29,7 +29,6 @@ ADA: Final = 8
 HOPPER: Final = 9
 
 _GRACE_HOPPER: Final = re.compile(r"\bGH\d{3}\b")
-_VALUE_MEMBER: Final = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Board:
     handle: object
     device: Device
     can: Capabilities
-    fields: tuple[tuple[int, int], ...]
+    ask: lib.FieldCall | None
     failures: int = 0
     last_mj: int = 0
     zeros: int = 0
@@ -199,10 +198,7 @@ def read(api: NvmlApi, board: Board) -> BoardReading:
     Raises:
         NVMLError: the binding's own, where a whole call failed.
     """
-    found: dict[int, int | None] = {}
-    if board.fields:
-        answers = api.nvmlDeviceGetFieldValues(board.handle, board.fields)
-        found = {field: _number(answer) for (field, _), answer in zip(board.fields, answers, strict=True)}
+    found = board.ask(board.handle) if board.ask is not None else {}
     energy = found.get(lib.TOTAL_ENERGY)
     if board.can.energy_call:
         energy = api.nvmlDeviceGetTotalEnergyConsumption(board.handle)
@@ -225,14 +221,8 @@ def _ask(api: NvmlApi, handle: object, scope: int) -> tuple[bool, bool, bool, bo
     answers = _try(api, lambda: api.nvmlDeviceGetFieldValues(handle, wanted))
     if answers is None:
         return False, False, False, False
-    energy, instant, average = (_number(answer) is not None for answer in answers)
+    energy, instant, average = (lib.number_of(answer) is not None for answer in answers)
     return energy, instant, average, True
-
-
-def _number(answer: FieldValue) -> int | None:
-    if answer.nvmlReturn != 0 or not 0 <= answer.valueType < len(_VALUE_MEMBER):
-        return None
-    return int(getattr(answer.value, _VALUE_MEMBER[answer.valueType]))
 
 
 def _slices(api: NvmlApi, handle: object) -> Sequence[MigSlice]:

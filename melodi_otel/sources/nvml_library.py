@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -82,6 +83,86 @@ class NvmlApi(Protocol):
     def nvmlDeviceGetGpuInstanceId(self, handle: object) -> int: ...
     def nvmlDeviceGetComputeInstanceId(self, handle: object) -> int: ...
     def nvmlDeviceGetAttributes(self, handle: object) -> Any: ...
+
+
+_VALUE_MEMBER: Final = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+
+
+class _Field(ctypes.Structure):
+    """NVML's ``nvmlFieldValue_t`` with its value as 64 raw bits."""
+
+    _fields_ = [
+        ("fieldId", ctypes.c_uint),
+        ("scopeId", ctypes.c_uint),
+        ("timestamp", ctypes.c_longlong),
+        ("latencyUsec", ctypes.c_longlong),
+        ("valueType", ctypes.c_uint),
+        ("nvmlReturn", ctypes.c_uint),
+        ("value", ctypes.c_ulonglong),
+    ]
+
+
+_DOUBLE: Final = 0
+_BITS: Final = (64, 32, 64, 64, 64, 32, 16)
+_SIGNED: Final = (4, 5)
+"""Width of a value, and which are signed, by NVML's ``valueType``."""
+
+
+def _figure(kind: int, raw: int) -> int | None:
+    if kind >= len(_BITS):
+        return None
+    if kind == _DOUBLE:
+        return int(struct.unpack("=d", raw.to_bytes(8, sys.byteorder))[0])
+    bits = _BITS[kind]
+    figure = raw & ((1 << bits) - 1)
+    return figure - (1 << bits) if kind in _SIGNED and figure >> (bits - 1) else figure
+
+
+class FieldCall:
+    """``nvmlDeviceGetFieldValues`` for the same fields again and again.
+
+    The binding builds and converts its structures in every call, which is most of the cost of a round; here they are built
+    once. Where the binding does not hand out its function, its own call is used.
+
+    Args:
+        api: the binding.
+        fields: (field, scope) pairs.
+    """
+
+    def __init__(self, api: NvmlApi, fields: Sequence[tuple[int, int]]) -> None:
+        self._api = api
+        self._fields = tuple(fields)
+        self._values = (_Field * len(self._fields))()
+        for value, (field, scope) in zip(self._values, self._fields, strict=True):
+            value.fieldId, value.scopeId = field, scope
+        self._function: Any = None
+        self._check: Any = getattr(api, "_nvmlCheckReturn", None)
+        with contextlib.suppress(Exception):
+            self._function = cast(Any, api)._nvmlGetFunctionPointer("nvmlDeviceGetFieldValues")
+
+    def __call__(self, handle: object) -> dict[int, int | None]:
+        """Figures by field, None where a field was not answered.
+
+        Raises:
+            NVMLError: the binding's own, where the whole call failed.
+        """
+        if self._function is None or self._check is None:
+            answers = self._api.nvmlDeviceGetFieldValues(handle, self._fields)
+            return {field: number_of(answer) for (field, _), answer in zip(self._fields, answers, strict=True)}
+        code = self._function(handle, ctypes.c_int(len(self._fields)), ctypes.byref(self._values))
+        if code:
+            self._check(code)
+        return {
+            field: _figure(value.valueType, value.value) if value.nvmlReturn == 0 else None
+            for (field, _), value in zip(self._fields, self._values, strict=True)
+        }
+
+
+def number_of(answer: FieldValue) -> int | None:
+    """The figure of one answer, None where there is none."""
+    if answer.nvmlReturn != 0 or not 0 <= answer.valueType < len(_VALUE_MEMBER):
+        return None
+    return int(getattr(answer.value, _VALUE_MEMBER[answer.valueType]))
 
 
 _NEEDED: Final = ("NVMLError", *(name for name in vars(NvmlApi) if name.startswith("nvml")))

@@ -52,7 +52,11 @@ def tokenizer(*, pad: bool = True) -> Any:
     bpe.train_from_iterator([sentence for sentence in SENTENCES for _ in range(20)], trainer)
     special: dict[str, str] = {"bos_token": "<bos>", "eos_token": "<eos>"} | ({"pad_token": "<pad>"} if pad else {})
     return _library("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=bpe, padding_side="left", chat_template=CHAT_TEMPLATE, **special
+        tokenizer_object=bpe,  # Llama knows no token types, which tokenizers of 4.x would return.
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        **special,
     )
 
 

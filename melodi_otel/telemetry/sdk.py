@@ -1,0 +1,78 @@
+"""What the installed OpenTelemetry can do: all that differs between 1.27 and now is asked here, by capability."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from opentelemetry import metrics as api
+from opentelemetry.sdk import metrics as sdk
+from opentelemetry.sdk.metrics.export import MetricReader
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+
+from melodi_otel import semconv_metrics
+from melodi_otel.semconv_metrics import Metric
+
+_KINDS: Final = (
+    sdk.Counter,
+    sdk.Histogram,
+    sdk.ObservableCounter,
+    sdk.ObservableGauge,
+    sdk.ObservableUpDownCounter,
+)
+
+
+def _takes(function: Callable[..., Any], parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
+
+
+def keeps_exemplars(histogram: api.Histogram | type[api.Histogram]) -> bool:
+    """Whether a value may be recorded with the context of its span."""
+    return _takes(histogram.record, "context")
+
+
+def takes_advice(meter: api.Meter | type[api.Meter]) -> bool:
+    """Whether histograms of ``meter`` may be made with the bounds that suit them."""
+    return _takes(meter.create_histogram, "explicit_bucket_boundaries_advisory")
+
+
+def histogram(meter: api.Meter, metric: Metric) -> api.Histogram:
+    """The histogram ``metric``, with its bounds where ``meter`` takes advice."""
+    advice: dict[str, Any] = {"explicit_bucket_boundaries_advisory": metric.bounds} if takes_advice(meter) else {}
+    return meter.create_histogram(metric.name, metric.unit, metric.description, **advice)
+
+
+def meter_provider(
+    readers: Sequence[MetricReader], resource: Resource, *, exponential: bool = False, shutdown_on_exit: bool = True
+) -> sdk.MeterProvider:
+    """A provider of our own. Its histograms have the contract's bounds, by Views where there is no advice.
+
+    Args:
+        readers: who collects.
+        resource: whose metrics.
+        exponential: the readers prefer exponential histograms, which a View would overrule.
+        shutdown_on_exit: send the last numbers when the process ends.
+    """
+    views = [] if exponential or takes_advice(sdk.Meter) else _bounds_by_views()
+    return sdk.MeterProvider(readers, resource, shutdown_on_exit=shutdown_on_exit, views=views)
+
+
+def _bounds_by_views() -> list[View]:
+    return [
+        View(instrument_name=metric.name, aggregation=ExplicitBucketHistogramAggregation(metric.bounds))
+        for metric in semconv_metrics.METRICS.values()
+        if metric.bounds is not None
+    ]
+
+
+def exemplars(point: Any) -> Sequence[Any]:
+    """The exemplars of a data point; none where the SDK keeps none."""
+    return getattr(point, "exemplars", ())
+
+
+def series_limit(limit: int) -> dict[str, Any]:
+    """Arguments of a reader that keeps up to ``limit`` series per metric; empty where the SDK has no limit."""
+    limited = _takes(MetricReader.__init__, "cardinality_limits")
+    return {"cardinality_limits": dict.fromkeys(_KINDS, limit)} if limited else {}
