@@ -192,6 +192,9 @@ class Runtime:
             # Before the first request is traced, so that a provider that is there already is wrapped from its first span.
             self._tracers.tracer()
             self._meters.instruments()
+            if self.discovery.sources:
+                # The first reading is a baseline: taken here, the first request is covered from its first instant.
+                self.sampler.tick()
             self._run_threads()
             if self._scrape is not None and self._endpoint is None:
                 self._endpoint = serve(self.config.metrics_addr, self._scrape.registry)

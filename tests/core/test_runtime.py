@@ -189,3 +189,14 @@ def test_running_is_told(program: None, config: Config) -> None:
     assert root.running() is None
     started = melodi_otel.instrument(config=config)
     assert root.running() is started
+
+
+def test_the_first_block_is_covered(program: None, config: Config, tree: FakePowercap) -> None:
+    """A block that begins as soon as metering does is measured from its first instant."""
+    runtime = melodi_otel.instrument(config=config)
+    assert runtime is not None
+    with tree.live(), melodi_otel.measure("first") as m:
+        assert not threading.Event().wait(0.3)
+    assert m.wait(10.0)
+    assert m.energy is not None
+    assert m.energy.coverage == 1.0
