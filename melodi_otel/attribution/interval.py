@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
-from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Accrual, Activity
 from melodi_otel.attribution.books import Phase
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.meter import EngineId, Tier
@@ -118,7 +118,7 @@ class IntervalCloser:
         for engine_id, members in groups.items():
             engine = self._roster.engines[engine_id] if engine_id is not None else None
             theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
-            speed = engine.speed.tokens_per_s if engine else 5000.0
+            speed = engine.speed.tokens_per_s if engine else ASSUMED_PREFILL_TOKENS_PER_S
             cells += slice_cells(account.device.id, members, theta, speed, self._best)
         return cells
 
