@@ -128,8 +128,10 @@ def overlap_text(found: Overlap | None) -> Text:
         return Text(
             "The concurrent calls could not be compared with naive windows: the meter did not cover their time."
         )
+    # Idle power is known, so what the first and last reading show above it is the calls', also beyond their very ends.
+    border = " (the readings around it reach a little further)" if found.requests > found.measured else ""
     return Text(
         f"* ran at the same time. Together they are told {found.requests:.2f} J; the meter counted {found.measured:.2f} J "
-        f"in that time. Naive windows, which charge each call for everything that was counted while it ran, would sum to "
+        f"in that time{border}. Naive windows, which charge each call for everything that was counted while it ran, would sum to "
         f"{found.windows:.2f} J: {found.factor:.2f} times what the meter counted."
     )
