@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Final
@@ -60,7 +61,7 @@ class Account:
 
     def bucket(self, bucket: Bucket) -> float:
         """J of one bucket over all holders."""
-        return sum(joules for (name, _), joules in self.buckets.items() if name == bucket)
+        return math.fsum(joules for (name, _), joules in self.buckets.items() if name == bucket)
 
     def books(self, in_flight: float) -> Books:
         """The balance, given what open requests have accrued here."""
