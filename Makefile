@@ -43,7 +43,9 @@ test-second:
 
 bench:
 	@scripts/venv test torch
-	@set -e; for file in $$(ls bench/*.py 2>/dev/null); do echo "== $$file"; .venv/test/bin/python $$file; done
+	.venv/test/bin/python bench/cost.py
+	@# 2: there is no GPU here to calibrate, which it says
+	.venv/test/bin/python bench/calibrate_gpu.py || [ $$? = 2 ]
 
 format:
 	@scripts/venv check
