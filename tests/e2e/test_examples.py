@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example(example: Path) -> None:
+def test_example(example: Path, need: Callable[..., None]) -> None:
     """It ends well and prints joules."""
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("not installed: torch")
+    need("torch")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
     env |= {"MELODI_SOURCES": "estimate", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

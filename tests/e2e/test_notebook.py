@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -25,10 +25,9 @@ print(found)
 """
 
 
-def test_joules_magic() -> None:
+def test_joules_magic(need: Callable[..., None]) -> None:
     """``%load_ext melodi_otel`` and ``%%joules`` run a cell in the user's namespace and give a table with its joules."""
-    if importlib.util.find_spec("IPython") is None:
-        pytest.skip("not installed: ipython")
+    need("IPython")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
     env["MELODI_SOURCES"] = "estimate"
     done = subprocess.run(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,9 @@ WATTS = 60.0
 
 
 @pytest.fixture
-def sysfs(tmp_path: Path) -> Iterator[Path]:
+def sysfs(tmp_path: Path, need: Callable[..., None]) -> Iterator[Path]:
     """A package of 60 W that counts in real time."""
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("not installed: torch")
+    need("torch")
     tree = FakePowercap(tmp_path / "sys")
     tree.package(0, watts=WATTS)
     with tree.live():

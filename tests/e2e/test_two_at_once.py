@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,13 @@ def powercap(tmp_path: Path) -> Iterator[FakePowercap]:
         yield tree
 
 
-def test_two_requests_share_one_package(powercap: FakePowercap, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_requests_share_one_package(
+    powercap: FakePowercap, capsys: pytest.CaptureFixture[str], need: Callable[..., None]
+) -> None:
     """Joules of both requests + buckets = what the counter counted, to 1e-9, where naive windows count twice."""
-    torch = pytest.importorskip("torch")
+    need("torch")
+    import torch
+
     from melodi_otel.testing import tiny_model
 
     torch.set_num_threads(1)
