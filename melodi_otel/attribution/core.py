@@ -11,7 +11,7 @@ from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
-from melodi_otel.attribution.engines import EngineState
+from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.evidence import Cumulative
 from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
@@ -126,7 +126,7 @@ class Core:
         known.service = service or known.service
         known.world = world or known.world
         if devices is not None:
-            known.devices = devices + tuple(d for d in self.host_devices if d not in devices)
+            known.devices = with_host(devices, self.host_devices)
         if any(fact is not None for fact in facts):
             known.facts = EngineFacts(*facts)
             known.theta = None
@@ -154,6 +154,7 @@ class Core:
             log.warning("melodi_otel: request %s was opened twice; the second time is left out", key.request)
             return
         activity = self.roster.adopt(key, t_ns) or Activity(key, t_ns)
+        self.closing.pop(key, None)
         activity.anonymous = False
         activity.model, activity.who = model, self._who(model, labels or {})
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
@@ -291,7 +292,7 @@ class Core:
 
     def _devices_for(self, engine: EngineId | None, devices: tuple[str, ...] | None) -> tuple[tuple[str, ...], bool]:
         if devices is not None:
-            return devices + tuple(d for d in self.host_devices if d not in devices), False
+            return with_host(devices, self.host_devices), False
         if engine is not None:
             known = self.roster.engines[engine].devices
             if known is not None:

@@ -72,16 +72,17 @@ class Roster:
 
     def _stray(self, key: Key, t0_ns: int) -> Activity:
         found = self.activities.get(key)
-        if found is not None and found.anonymous and found.close_ns is None:
-            return found
+        if found is not None and found.anonymous:
+            return found  # also one that is closing: a second one under its key would push its joules out of the books
         stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
         return stray
 
     def adopt(self, key: Key, t_ns: int) -> Activity | None:
-        """The anonymous activity that ``key`` turns out to be, or None."""
+        """The anonymous activity that ``key`` turns out to be, open again if it was closing; None where there is none."""
         stray = self.activities.get(key)
         if stray is None or not stray.anonymous:
             return None
+        stray.close_ns = stray.end_ns = None
         stray.open_ns = min(t_ns, stray.open_ns)
         return stray
 

@@ -455,3 +455,28 @@ def test_devices_divide_their_slices_each_for_itself() -> None:
         one, other = shares[name, "G"], shares[name, "H"]
         assert one["prefill"] > 0
         assert (one["joules"], one["prefill"]) == (pytest.approx(other["joules"]), pytest.approx(other["prefill"]))
+
+
+def test_late_work_while_late_work_settles() -> None:
+    """Anonymous work that goes on after a pause of 6 s, while its first part still waits for a reading, is all booked."""
+    lines = [gpu(0.0), ENGINE, at(0, 0), opened(0, "a"), step(0, 1, a=[9, 0, 9]), closed(1, "a", 1), at(1, 100)]
+    lines += [step(1, 2, a=[0, 1, 10]), {"kind": "bind", "t": 8.0, "id": "none", "child": "x"}]
+    lines += [step(8, 9, a=[0, 1, 11]), at(9, 300), at(20, 301)]
+    shares, books = run(lines)
+    assert shares["a", "G"]["joules"] == pytest.approx(100.0)
+    assert shares["anonymous", "G"]["joules"] == pytest.approx(200.0)
+    assert books["G"]["in_flight"] == 0.0
+
+
+def test_an_open_may_come_after_its_id_was_given_up() -> None:
+    """An id that nobody opened for more than 5 s, but that has not settled yet, is still adopted whole."""
+    lines = [
+        gpu(0.0),
+        ENGINE,
+        at(0, 0),
+        step(0, 1, a=[9, 0, 9]),
+        {"kind": "bind", "t": 8.0, "id": "none", "child": "x"},
+    ]
+    lines += [opened(0, "a"), step(8, 9, a=[0, 1, 10]), closed(9, "a", 2), at(9, 300), at(20, 301)]
+    shares, _ = run(lines)
+    assert shares["a", "G"]["joules"] == pytest.approx(300.0)
