@@ -48,7 +48,6 @@ class PhaseLock:
     """
 
     def __init__(self, period_s: float | None = None) -> None:
-        self._hint_s = period_s
         self._sought_ns: int | None = None
         self._last_ns: int | None = None
         self._violations = 0

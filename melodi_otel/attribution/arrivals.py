@@ -7,7 +7,7 @@ from typing import Final
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
-from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price
+from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price, with_host
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.weights import CostModel
@@ -52,11 +52,8 @@ class Arrivals:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
         state = self._roster.engine(engine)
         run = state.lanes.setdefault(lane, Lane())
-        if run.seq is not None and seq != run.seq + 1:
-            # Deltas are lost: the set is resent by the client, and what ran in the gap is seen as slices.
-            state.gaps += 1
-            run.members.clear()
-        run.seq = seq
+        # Where deltas are lost the client resends its set, and what ran in the gap is seen as slices.
+        state.gaps += not run.follow(seq)
         self._add(state, run, t0_ns, t1_ns, devices, run.advance(decode, prefill, computed, joined, left))
 
     def work(
@@ -100,7 +97,7 @@ class Arrivals:
         if named is None:
             named = rows[0].activity.devices if rows else ()
         elif devices is not None:
-            named = devices + tuple(d for d in self._host_devices if d not in devices)
+            named = with_host(devices, self._host_devices)
         step = Step(t0_ns, t1_ns, rows)
         run.last = {row.activity for row in rows}
         for row in rows:

@@ -15,6 +15,11 @@ from melodi_otel.devices import Device
 Evidence = Literal["unknown", "steps", "tokens", "none"]
 
 
+def with_host(devices: Sequence[str], host_devices: Sequence[str]) -> tuple[str, ...]:
+    """Accelerators and, behind them, the CPU packages and memory that everything uses."""
+    return (*devices, *(name for name in host_devices if name not in devices))
+
+
 class Work(NamedTuple):
     """One id in one step: prompt tokens computed, decode tokens computed (1 + drafts), context before the step."""
 
@@ -52,6 +57,14 @@ class Lane:
         self.t1_ns = 0
         self.members: dict[str, int] = {}
         self.last: set[Activity] = set()
+
+    def follow(self, seq: int) -> bool:
+        """Take the number of the next step; False: deltas in between are lost, and with them the decode set."""
+        whole = self.seq is None or seq == self.seq + 1
+        if not whole:
+            self.members.clear()
+        self.seq = seq
+        return whole
 
     def advance(
         self,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from melodi_otel.config import StaticPolicy
 
-StaticPolicy = Literal["busy_shared", "dynamic"]
-"""``busy_shared``: at each instant idle power is divided by the requests scheduled then (the Shapley value of "somebody needs
-the machine on"); ``dynamic``: requests pay what they add, idle power goes to the idle bucket."""
-
-POLICIES: tuple[StaticPolicy, ...] = get_args(StaticPolicy)
+__all__ = ["StaticPolicy", "shared_static"]
 
 
 def shared_static(policy: StaticPolicy, static_joules: float) -> float:
-    """The idle joules of an interval that running requests divide; the rest is idle."""
+    """The idle joules of an interval that running requests divide; the rest is idle.
+
+    ``busy_shared``: at each instant idle power is divided by the requests scheduled then (the Shapley value of "somebody needs
+    the machine on"); ``dynamic``: requests pay what they add, idle power goes to the idle bucket.
+    """
     return static_joules if policy == "busy_shared" else 0.0

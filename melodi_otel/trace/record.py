@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from melodi_otel.attribution.engines import Lane, Work
+from melodi_otel.attribution.engines import Lane, Work, with_host
 from melodi_otel.attribution.meter import EngineId, Key
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Counter
@@ -98,7 +98,7 @@ class Recorder:
             self._file.write(form.encode(line))
 
     def _all(self, devices: Sequence[str] | None) -> list[str] | None:
-        return None if devices is None else [*devices, *(d for d in self._host if d not in devices)]
+        return None if devices is None else list(with_host(devices, self._host))
 
     def _device(self, device: Device) -> None:
         self._line(
@@ -218,9 +218,7 @@ class Recorder:
         *delta: Any,
     ) -> None:
         run = self._lanes.setdefault((engine, lane), Lane())
-        if run.seq is not None and seq != run.seq + 1:
-            run.members.clear()
-        run.seq = seq
+        run.follow(seq)
         self._work(engine, t0_ns, t1_ns, devices, run.advance(*delta), lane)
         if not run.members:
             del self._lanes[(engine, lane)]
