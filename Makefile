@@ -22,6 +22,7 @@ demo:
 test:
 	@scripts/system-programs
 	@scripts/venv test torch
+	@scripts/venv peers torch
 	@.venv/test/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 check:
@@ -57,4 +58,4 @@ docs:
 	.venv/docs/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/docs site dist
+	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs site dist
