@@ -52,7 +52,7 @@ def identify(
     gpus: Sequence[str] = (),
     driver: str | None = None,
 ) -> Identity:
-    """Look, now. Costs about a dozen reads of small files.
+    """Look, now. Costs ten to twenty reads of small files, less than a millisecond.
 
     Args:
         environ: the environment.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 A = "a1b2c3d4" * 8
@@ -110,7 +112,9 @@ def test_the_group_wins_over_mounts(machine):
 
 
 def test_reading_is_bounded(machine):
-    """A file without end costs a bounded read, and a name that cannot be read costs nothing."""
+    """A file without end costs a bounded read, a folder in its place nothing, and a pipe that nobody writes no waiting."""
     machine.cgroup("0::/x\n" * 100_000).mounts("x" * 1_000_000)
     (machine.root / "run/.containerenv").mkdir(parents=True)
+    (machine.root / "etc").mkdir()
+    os.mkfifo(machine.root / "etc/machine-id")
     assert machine.attributes("container.") == {}
