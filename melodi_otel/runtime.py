@@ -39,12 +39,13 @@ from melodi_otel.results.table import Results
 from melodi_otel.results.terminal import print_summary
 from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import Discovery, Settings
-from melodi_otel.sources.discovery import describe, discover
+from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.telemetry.deferral import Deferral
+from melodi_otel.telemetry.detector import host_resource
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Views
-from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline, TracerSeam, host_resource
+from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline, TracerSeam
 from melodi_otel.telemetry.requests import RequestCalls
 from melodi_otel.telemetry.whose import LabelFinder
 from melodi_otel.trace.record import Recorder
@@ -86,7 +87,7 @@ class Runtime:
         self.discovery: Discovery = discover(_settings(config, self.clock, environ), config.sources)
         self._devices = MappingProxyType({device.id: _with_idle(device, config) for device in self.discovery.devices})
         host = tuple(device.id for device in self._devices.values() if device.type in ("cpu", "memory"))
-        resource = host_resource(config)
+        resource = host_resource(config, environ, *gpus_of(self.discovery))
         service = _service(resource.attributes.get(semconv.SERVICE_NAME))
         namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
         self._metric_labels = MetricLabels(config.metric_labels, config.label_limit)

@@ -15,6 +15,7 @@ BUDGET_MINUTES = {
     "core": 1.0,
     "sources": 2.0,
     "timeline": 1.5,
+    "identity": 0.5,
     "attribution": 4.0,
     "trace": 2.0,
     "results": 1.0,

@@ -64,7 +64,7 @@ def endpoint(kit: Any) -> Iterator[Endpoint]:
         Configured(400.0, 1.2, 0.3, 500.0),
         metric_labels=("tenant",),
     )
-    pipeline = ScrapePipeline(views, Resource({"host.id": "h1"}))
+    pipeline = ScrapePipeline(views, Resource({"host.id": "h1", "k8s.pod.name": "p1"}))
     instruments = pipeline.instruments
     instruments.sampled(0.001)
     instruments.finished(kit.record())
@@ -157,7 +157,7 @@ def _free_port() -> int:
 
 
 def test_prometheus(endpoint: Endpoint, prometheus: Callable[..., list[Any]]) -> None:
-    """Prometheus scrapes the endpoint: the books close in PromQL, and a bucket's exemplar leads to the trace.
+    """Prometheus scrapes the endpoint: the books close in PromQL, target_info joins, and a bucket's exemplar leads to the trace.
 
     An SDK that keeps no exemplars has none to show.
     """
@@ -171,6 +171,9 @@ def test_prometheus(endpoint: Endpoint, prometheus: Callable[..., list[Any]]) ->
     assert float(result["value"][1]) == 1.0
     assert result["metric"]["host_id"] == "h1"
     assert result["metric"]["gen_ai_request_model"] == "m"
+    joined = "melodi_request_energy_joules_count * on (job, instance) group_left (k8s_pod_name) target_info"
+    (result,) = prometheus("/api/v1/query", query=joined)
+    assert (result["metric"]["k8s_pod_name"], float(result["value"][1])) == ("p1", 1.0)
     if not keeps_exemplars(Histogram):
         assert " # {" not in fetch(endpoint, accept="application/openmetrics-text")
         return
