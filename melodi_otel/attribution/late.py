@@ -36,6 +36,7 @@ class Left:
         dynamic: energy above idle that no known request claimed; it was booked under ``bucket``.
         foreign: energy of other processes.
         holder: under whose name static and dynamic joules were booked.
+        taken_by: mean number of those who have taken their part already.
     """
 
     t0_ns: int
@@ -46,6 +47,7 @@ class Left:
     foreign: float
     bucket: Bucket
     holder: Holder | None
+    taken_by: float = 0.0
 
 
 @dataclass(slots=True)
@@ -86,8 +88,9 @@ class Leavings:
             start, stop = max(t0_ns, left.t0_ns), min(t1_ns, left.t1_ns)
             if stop <= start:
                 continue
-            company = 1.0 + _company(late.beside, start, stop)
-            part = (stop - start) / (left.t1_ns - left.t0_ns) / company
+            waiting = 1.0 + _company(late.beside, start, stop)
+            length = (stop - start) / (left.t1_ns - left.t0_ns)
+            part = length / waiting
             # Work of another process is in what other processes used; work of this one is not.
             known = 1.0 if late.elsewhere and left.foreign > 0.0 else left.free
             taken = Taken(
@@ -97,8 +100,9 @@ class Leavings:
                 left.foreign * part if late.elsewhere else 0.0,
                 stop - start,
                 (stop - start) * known,
-                company,
+                waiting + left.taken_by,
             )
+            left.taken_by += length
             left.static -= taken.static
             left.dynamic -= taken.dynamic
             left.foreign -= taken.foreign
