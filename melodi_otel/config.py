@@ -19,6 +19,7 @@ from melodi_otel.errors import ConfigError
 log = logging.getLogger("melodi_otel")
 
 StaticPolicy = Literal["busy_shared", "dynamic"]
+ForeignSpans = Literal["on", "rollup", "off"]
 BUILT_IN_SOURCES: Final = ("rapl", "nvml", "estimate")
 
 
@@ -41,6 +42,8 @@ class Config:
     span_wait: float | None = None
     span_limit: int = 10_000
     sample_hz: float = 10.0
+    foreign_spans: ForeignSpans = "on"
+    local_providers: tuple[str, ...] = ()
     labels: str = ""
     metric_labels: tuple[str, ...] = ()
     label_limit: int = 100
@@ -127,6 +130,12 @@ def _policy(raw: str) -> StaticPolicy:
     return raw
 
 
+def _foreign_spans(raw: str) -> ForeignSpans:
+    if raw not in ("on", "rollup", "off"):
+        raise ValueError
+    return raw
+
+
 def _address(raw: str) -> str:
     if raw.lower() == "off":
         return "off"
@@ -208,6 +217,18 @@ VARIABLES: Final[dict[str, Variable]] = {
     ),
     "MELODI_SAMPLE_HZ": Variable(
         "sample_hz", _number(0.1, 10), "0.1 to 10", "The most readings of a meter per second."
+    ),
+    "MELODI_FOREIGN_SPANS": Variable(
+        "foreign_spans",
+        _foreign_spans,
+        "on, rollup or off",
+        "Joules on other instrumentations' GenAI spans; `rollup`: only the sum of the requests in them.",
+    ),
+    "MELODI_LOCAL_PROVIDERS": Variable(
+        "local_providers",
+        _words,
+        "gen_ai.provider.name values, e.g. ollama",
+        "Whose servers run on this host, where their clients' spans name no address.",
     ),
     "MELODI_LABELS": Variable(
         "labels", str, "name=kind:key|…,… with kind baggage, header, span or resource", "Whose request it is."

@@ -42,6 +42,7 @@ from melodi_otel.sources.base import Discovery, Settings
 from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.detector import host_resource
+from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Views
@@ -134,6 +135,7 @@ class Runtime:
         if config.metrics_addr and config.metrics_addr != "off":
             self._scrape = ScrapePipeline(views, resource)
             observers.append(self._scrape.instruments)
+        labels = LabelFinder(rules, resource.attributes, hashed=config.label_hash) if rules else None
         self.calls = RequestCalls(
             self.ledger,
             self.group,
@@ -143,8 +145,22 @@ class Runtime:
             observers,
             service=service,
             namespace=namespace,
-            labels=LabelFinder(rules, resource.attributes, hashed=config.label_hash) if rules else None,
+            labels=labels,
         )
+        if config.foreign_spans != "off":
+            self._deferral.watch(
+                ForeignSpans(
+                    self.ledger,
+                    self.group,
+                    self.calls.lineage,
+                    self.calls.reports,
+                    self._monotonic_ns,
+                    owning=config.foreign_spans == "on",
+                    local_providers=config.local_providers,
+                    identity=views.identity,
+                    labels=labels,
+                )
+            )
         self._libraries = [TransformersInstrumentor(self.calls)]
         self._lock = threading.Lock()
         self._settler: threading.Thread | None = None
@@ -266,6 +282,9 @@ class Runtime:
             source.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _monotonic_ns(self, wall_ns: int) -> int:
+        return self.sampler.wall.monotonic_ns(wall_ns)
 
     def _make_sampler(self) -> Sampler:
         return Sampler(

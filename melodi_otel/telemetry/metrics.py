@@ -175,12 +175,8 @@ class Instruments:
         if energy.total is not None:
             attributes = {**call, **_known({names.SCOPE: energy.scope}), names.QUALITY: energy.quality}
             self._request_energy.record(max(0.0, energy.total), attributes, **context)
-        for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
-            if tokens is not None:
-                self._tokens.record(tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, **context)
-        self._duration.record(record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, **context)
-        if record.outcome in {"stop", "length"}:
-            self._latencies(record, call, context)
+        if record.instrumented:
+            self._call(record, call, context)
         who = {
             **views.clipped(record.labels),
             **views.identity,
@@ -190,6 +186,14 @@ class Instruments:
             names.QUALITY: energy.quality,
         }
         self._requests.add(1, who, **context)
+
+    def _call(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
+        for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
+            if tokens is not None:
+                self._tokens.record(tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, **context)
+        self._duration.record(record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, **context)
+        if record.outcome in {"stop", "length"}:
+            self._latencies(record, call, context)
 
     def _latencies(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
         first = record.time_to_first_token_s

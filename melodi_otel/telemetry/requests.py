@@ -27,8 +27,9 @@ from melodi_otel.clock import Clock
 from melodi_otel.instrumentation.seam import AttributeValue, Begin, End
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
-from melodi_otel.telemetry.delivery import Delivery
+from melodi_otel.telemetry.delivery import Reports
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 
 Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
 
@@ -43,6 +44,7 @@ class RequestCalls:
         tracer: the tracer to use now; asked for every request, so a provider that is set later is used from then on.
         deferral: where spans wait for their joules.
         observers: who gets finished requests.
+        lineage: where spans around a request learn of it.
         service, namespace: the service identity that metrics carry, or None.
         labels: configured labels of a request by its first span attributes, or None.
     """
@@ -56,6 +58,7 @@ class RequestCalls:
         deferral: Deferral,
         observers: Sequence[Observer] = (),
         *,
+        lineage: Lineage | None = None,
         service: str | None = None,
         namespace: str | None = None,
         labels: Labels | None = None,
@@ -67,7 +70,8 @@ class RequestCalls:
         self.now_ns: Callable[[], int] = clock.monotonic_ns
         self._tracer = tracer
         self.deferral: Final = deferral
-        self._observers = tuple(observers)
+        self.reports: Final = Reports(observers, deferral.settle)
+        self.lineage: Final = lineage or Lineage()
         self._identity = {
             name: value
             for name, value in ((names.SERVICE_NAME, service), (names.SERVICE_NAMESPACE, namespace))
@@ -77,7 +81,6 @@ class RequestCalls:
         self._salt = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._open: dict[Key, _Call] = {}
-        self._delivery = Delivery()
         self.complain: Final = Complaints("requests")
         in_child(self._forked)
 
@@ -105,11 +108,11 @@ class RequestCalls:
 
     def drain(self, timeout_s: float = 5.0) -> bool:
         """Wait until every record whose joules are known has been observed; whether that was so in time."""
-        return self._delivery.drain(timeout_s)
+        return self.reports.drain(timeout_s)
 
     def close(self) -> None:
         """Observe what is left and end the thread that does so; calls may go on, a later one starts it again."""
-        self._delivery.stop()
+        self.reports.close()
 
     # --- used by the calls ---
 
@@ -121,31 +124,13 @@ class RequestCalls:
     def closed(self, call: _Call) -> None:
         self._open.pop(call.key, None)
 
-    def deliver(self, call: _Call, end: End, future: Future[list[Share]]) -> None:
-        """Observe the request when its joules are known: on the thread that knows them, never on the request's own."""
-        if future.done():
-            self._delivery.put(lambda: self._observe(call, end, future))
-        else:
-            future.add_done_callback(lambda done: self._observe(call, end, done))
-
-    def _observe(self, call: _Call, end: End, future: Future[list[Share]]) -> None:
-        try:
-            record = call.record(end, future.result())
-        except Exception as error:
-            self.complain("record", error)
-            return
-        for observer in self._observers:
-            try:
-                observer.finished(record)
-            except Exception as error:
-                self.complain(f"observer {type(observer).__name__}", error)
-
 
 class _Call:
     """One request in flight, see :class:`~melodi_otel.instrumentation.seam.OpenCall`."""
 
     __slots__ = (
-        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_span", "_wall_ns", "children", "key",
+        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_seen", "_span", "_wall_ns", "children",
+        "key",
     )  # fmt: skip
 
     def __init__(self, calls: RequestCalls, key: Key, begin: Begin) -> None:
@@ -155,6 +140,7 @@ class _Call:
         self._begin = begin
         self._parent = current.get()
         self._span: Span | None = None
+        self._seen: Request | None = None
         self._context: Context | None = None
         self._labels: Mapping[str, str] = {}
         self._opened = False
@@ -199,6 +185,15 @@ class _Call:
             self._name, kind=SpanKind.INTERNAL, attributes=attributes, start_time=self._wall_ns
         )
         self._context = set_span_in_context(self._span)
+        self._seen = self._seen_by_spans(self._span)
+
+    def _seen_by_spans(self, span: Span) -> Request | None:
+        context = span.get_span_context()
+        if not context.is_valid:
+            return None
+        parent = getattr(span, "parent", None)
+        request = Request(context.trace_id, self._wall_ns, SCOPE, "here")
+        return self._calls.lineage.request(request, None if parent is None else parent.span_id)
 
     @property
     def _name(self) -> str:
@@ -220,8 +215,10 @@ class _Call:
         try:
             self._calls.closed(self)
             future = self._close(end)
+            if self._seen is not None:
+                self._seen.ended(self._wall_ns + end.end_ns - self._begin.start_ns, future)
             self._end_span(end, future)
-            self._calls.deliver(self, end, future)
+            self._calls.reports.when_known(future, lambda shares: self.record(end, shares))
         except Exception as error:
             self._calls.complain("end", error)
 
@@ -302,7 +299,7 @@ class _Call:
             outcome=end.outcome,
             error_type=None if end.error is None else _error_type(end.error),
             finish_reasons=tuple(end.finish_reasons),
-            energy=self._calls.deferral.settle(shares),
+            energy=self._calls.reports.settle(shares),
             shares=tuple(shares),
             trace_id=context.trace_id if context else 0,
             span_id=context.span_id if context else 0,
