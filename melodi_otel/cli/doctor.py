@@ -79,7 +79,7 @@ def examine(
         ],
         "refusals": [asdict(refusal) for refusal in discovery.refusals],
         "variables": {
-            "set": {name: environ[name] for name in sorted(environ) if name in VARIABLES},
+            "set": {name: VARIABLES[name].shown(environ[name]) for name in sorted(environ) if name in VARIABLES},
             "unknown": sorted(
                 name
                 for name in environ

@@ -30,7 +30,7 @@ from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Delivery
 from melodi_otel.telemetry.forks import in_child
 
-Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
+Labels = Callable[[Mapping[str, AttributeValue], str | None, str | None], Mapping[str, str]]
 
 
 class RequestCalls:
@@ -44,7 +44,7 @@ class RequestCalls:
         deferral: where spans wait for their joules.
         observers: who gets finished requests.
         service, namespace: the service identity that metrics carry, or None.
-        labels: configured labels of a request by its first span attributes, or None.
+        labels: configured labels of a request by its first span attributes, user and adapter, or None.
     """
 
     def __init__(
@@ -177,7 +177,10 @@ class _Call:
             attributes[names.GEN_AI_CACHED_TOKENS] = begin.cached_tokens
         attributes.update(begin.attributes)
         if labels is not None:
-            self._labels = labels(attributes)
+            try:
+                self._labels = labels(attributes, begin.user, begin.adapter)
+            except Exception as error:
+                self._calls.complain("labels", error)
             attributes.update(self._labels)
             whose = {**self._labels, **whose}
         self._calls.meter.open(

@@ -264,7 +264,7 @@ def test_left_in_another_task(rig: Any, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_labels(rig: Any, observed: Observed) -> None:
     """Configured labels go to meter, span and record."""
-    calls = calls_of(rig, observed, labels=lambda attributes: {"tenant": "t1"})
+    calls = calls_of(rig, observed, labels=lambda attributes, user, adapter: {"tenant": "t1"})
     call = calls.begin(begin_at(rig))
     call.end(End(rig.clock.monotonic_ns()))
     rig.meter.futures[call.key].set_result([])
