@@ -130,3 +130,12 @@ def test_report_is_json_able(kit):
     """Every part of the report survives JSON."""
     report = examine(Config(), Discovery((kit.Meter("rapl", kit.RAPL),), (kit.DENIED,)), {}, find=lambda name: None)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_secret_is_not_shown(runtime, monkeypatch):
+    """The key of the hash is said to be set, and never what it is."""
+    monkeypatch.setenv("MELODI_LABEL_HASH_KEY", "s3cret")
+    for words in (["doctor"], ["doctor", "--json"]):
+        result = CliRunner().invoke(app, words)
+        assert "(set, not shown)" in result.stdout
+        assert "s3cret" not in result.stdout + result.stderr

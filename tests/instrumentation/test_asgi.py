@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -350,6 +352,33 @@ def test_fastapi_in_its_thread_pool_and_on_its_loop(instrumentor: AsgiInstrument
     for path in ("/thread", "/loop", "/inner/thread"):
         assert get(app, path, x_tenant_id="a") == {"tenant": "a"}
     assert threads != [threading.get_ident()]
+
+
+LATER = """
+import sys
+from melodi_otel.instrumentation.asgi import AsgiInstrumentor
+first, second = AsgiInstrumentor(["x-tenant-id"]), AsgiInstrumentor(["x-tenant-id"])
+first.instrument()
+second.instrument()
+second.uninstrument()
+assert not [name for name in sys.modules if name.startswith("starlette")]
+import starlette.applications
+from starlette.routing import Router
+assert Router.__call__.__module__ == "starlette.routing"
+ours = Router.__dict__["__call__"]
+first.uninstrument()
+assert Router.__dict__["__call__"] is not ours
+first.instrument()
+assert Router.__dict__["__call__"] is not ours.__wrapped__
+first.uninstrument()
+assert Router.__dict__["__call__"] is ours.__wrapped__
+"""
+
+
+def test_starlette_loaded_later() -> None:
+    """Nothing of Starlette is imported; when the program does so, whoever is still on patches it, and takes it back."""
+    done = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_inside_opentelemetrys_middleware(instrumentor: AsgiInstrumentor) -> None:

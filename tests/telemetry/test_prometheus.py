@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -251,3 +252,25 @@ def test_exemplars_lead_to_sampled_spans(rig: Any, kit: Any, tmp_path: Path) -> 
         (joules[how], f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}")
         for how, span in (("in time", in_time), ("late", late))
     }
+
+
+def test_queries_of_the_docs(tmp_path: Path) -> None:
+    """Every PromQL query in the docs is one, and reads series that the page can have."""
+    blocks = [
+        block
+        for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+        for block in re.findall(r"```promql\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    assert blocks
+    names = {metrics.prometheus_name(metric) for metric in metrics.METRICS.values()}
+    assert {name for block in blocks for name in re.findall(r"\b(?:melodi|hw)_\w+", block)} <= names
+    rules = [{"record": f"r{number}", "expr": block} for number, block in enumerate(blocks)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
+    done = subprocess.run(
+        [program("promtool"), "check", "rules", str(tmp_path / "rules.yml")],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

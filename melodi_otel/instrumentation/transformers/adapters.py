@@ -52,9 +52,9 @@ class Adapter:
             return None
 
 
-def _is_adapted(module: Any) -> bool:
+def _is_adapted(module: object) -> bool:
     # Both as properties: a whole model may have a method ``active_adapters``.
-    kind: type[object] = type(module)
+    kind = type(module)
     return isinstance(getattr(kind, "active_adapters", None), property) and hasattr(kind, "disable_adapters")
 
 
