@@ -134,7 +134,7 @@ class Door:
     async def serve(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (or connection, or lifespan) with ``app``; its exceptions pass untouched."""
         tokens = None
-        if scope["type"] in ("http", "websocket"):
+        if scope.get("type") in ("http", "websocket"):
             try:
                 tokens, receive = self._enter(scope, receive)
             except Exception:

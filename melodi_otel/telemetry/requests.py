@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import Token
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -30,7 +30,15 @@ from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Delivery
 from melodi_otel.telemetry.forks import in_child
 
-Labels = Callable[[Mapping[str, AttributeValue], str | None, str | None], Mapping[str, str]]
+
+class Labels(Protocol):
+    """Configured labels of a request that begins now."""
+
+    def __call__(
+        self, attributes: Mapping[str, AttributeValue], user: str | None = None, adapter: str | None = None
+    ) -> Mapping[str, str]:
+        """By its first span attributes, and what :class:`~melodi_otel.instrumentation.seam.Begin` says of both."""
+        ...
 
 
 class RequestCalls:
@@ -44,7 +52,7 @@ class RequestCalls:
         deferral: where spans wait for their joules.
         observers: who gets finished requests.
         service, namespace: the service identity that metrics carry, or None.
-        labels: configured labels of a request by its first span attributes, user and adapter, or None.
+        labels: finds the configured labels of a request, or None.
     """
 
     def __init__(
