@@ -72,6 +72,7 @@ def _ours():
         state["current activity"] = meter.current.get()
     for module, names in {
         "transformers.generation.utils": ("GenerationMixin.generate",),
+        "starlette.routing": ("Router.__call__",),
         "opentelemetry.trace": ("_TRACER_PROVIDER",),
         "opentelemetry.metrics._internal": ("_METER_PROVIDER",),
         "opentelemetry.sdk.trace": ("TracerProvider.add_span_processor", "TracerProvider.__init__"),

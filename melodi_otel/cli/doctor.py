@@ -92,7 +92,7 @@ def examine(
         },
         "identity_notes": list(identity.notes),
         "variables": {
-            "set": {name: environ[name] for name in sorted(environ) if name in VARIABLES},
+            "set": {name: VARIABLES[name].shown(environ[name]) for name in sorted(environ) if name in VARIABLES},
             "unknown": sorted(
                 name
                 for name in environ

@@ -7,14 +7,37 @@ list as its ``Calls``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
 
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
+
+
+INCOMING: Final = "melodi-otel-incoming"
+"""Key under which OpenTelemetry's context holds the :class:`Incoming` of the request being served."""
+
+incoming: ContextVar[Incoming | None] = ContextVar("melodi_otel_incoming", default=None)
+"""The same once more: a middleware of others that begins a new OpenTelemetry context would lose it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Incoming:
+    """What a server's request says about whose it is.
+
+    Attributes:
+        headers: those that were asked for, by lower-case name; one that came several times is joined by ``", "``.
+        user: reads the ``user`` field of its body, or None where nobody asked for that.
+        span: the span that was current when it came in (the server's), or None.
+    """
+
+    headers: Mapping[str, str]
+    user: Callable[[], str | None] | None = None
+    span: object = None
 
 
 @dataclass(slots=True)
@@ -32,6 +55,9 @@ class Begin:
         devices: accelerators by ``hw.id`` (``()``: CPU only; None: not known).
         thread: native id of the computing thread.
         probe: output tokens so far, see ``attribution.meter.Probe``.
+        user: who asked, where the request itself says so (OpenAI's ``user``, ``safety_identifier``). It is a label and no
+            span attribute.
+        adapter: name of the LoRA or other adapter that computes, or None.
     """
 
     operation: str
@@ -45,6 +71,8 @@ class Begin:
     devices: Sequence[str] | None = None
     thread: int | None = None
     probe: Probe | None = None
+    user: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)

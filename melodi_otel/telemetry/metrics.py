@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from melodi_otel import semconv as names
 from melodi_otel import semconv_metrics as metrics
@@ -262,15 +262,16 @@ class Instruments:
         return [(number, _who(who)) for who, number in active.items()]
 
 
-_NOBODY: Final = Context()
+_NOBODY: Final = set_span_in_context(INVALID_SPAN, Context())
+"""Not an empty context: for the SDK that is none, and it takes whatever span is current on the settling thread."""
 
 
 def _context_of(record: RequestRecord) -> Context:
-    """The request's own span as context, for the exemplar; an empty one where it was not sampled."""
+    """The request's own span as context, for the exemplar; nobody's where it was not sampled."""
     if not (record.sampled and record.trace_id and record.span_id):
         return _NOBODY
     span = SpanContext(record.trace_id, record.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
-    return set_span_in_context(NonRecordingSpan(span), _NOBODY)
+    return set_span_in_context(NonRecordingSpan(span), Context())
 
 
 def _known(attributes: Mapping[str, str | None]) -> dict[str, str]:

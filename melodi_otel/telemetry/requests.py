@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import Token
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -31,7 +31,15 @@ from melodi_otel.telemetry.delivery import Reports
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 
-Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
+
+class Labels(Protocol):
+    """Configured labels of a request that begins now."""
+
+    def __call__(
+        self, attributes: Mapping[str, AttributeValue], user: str | None = None, adapter: str | None = None
+    ) -> Mapping[str, str]:
+        """By its first span attributes, and what :class:`~melodi_otel.instrumentation.seam.Begin` says of both."""
+        ...
 
 
 class RequestCalls:
@@ -46,7 +54,7 @@ class RequestCalls:
         observers: who gets finished requests.
         lineage: where spans around a request learn of it.
         service, namespace: the service identity that metrics carry, or None.
-        labels: configured labels of a request by its first span attributes, or None.
+        labels: finds the configured labels of a request, or None.
     """
 
     def __init__(
@@ -163,7 +171,10 @@ class _Call:
             attributes[names.GEN_AI_CACHED_TOKENS] = begin.cached_tokens
         attributes.update(begin.attributes)
         if labels is not None:
-            self._labels = labels(attributes)
+            try:
+                self._labels = labels(attributes, begin.user, begin.adapter)
+            except Exception as error:
+                self._calls.complain("labels", error)
             attributes.update(self._labels)
             whose = {**self._labels, **whose}
         self._calls.meter.open(

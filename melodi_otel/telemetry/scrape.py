@@ -35,7 +35,6 @@ from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.complaints import Complaints
 
 Labels = tuple[tuple[str, str], ...]
-_SERIES_LIMIT: Final = 20_000
 
 
 class ScrapeReader(MetricReader):
@@ -46,7 +45,7 @@ class ScrapeReader(MetricReader):
     """
 
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
-        super().__init__(**sdk.series_limit(_SERIES_LIMIT))
+        super().__init__(**sdk.series_limit())
         self._constant = {semconv_metrics.label_name(name): value for name, value in (constant or {}).items()}
         self._scraping = threading.Lock()
         self._data: MetricsData | None = None
@@ -158,7 +157,7 @@ class ScrapeReader(MetricReader):
         if traced:
             newest = max(traced, key=lambda e: e.time_unix_nano)
             ids = {"trace_id": f"{newest.trace_id:032x}", "span_id": f"{newest.span_id:016x}"}
-            if len(self._exemplars) < _SERIES_LIMIT or series in self._exemplars:
+            if len(self._exemplars) < sdk.SERIES_LIMIT or series in self._exemplars:
                 self._exemplars[series] = Exemplar(ids, float(newest.value), newest.time_unix_nano / 1e9)
         return self._exemplars.get(series)
 

@@ -149,3 +149,12 @@ def test_report_is_json_able(kit):
     report = examine(Config(), discovery, {}, find=lambda name: None, identity=found)
     assert report["identity"] == {"melodi.gpu.model": {"value": ["A", "B"], "from": "meters"}}
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_secret_is_not_shown(runtime, monkeypatch):
+    """The key of the hash is said to be set, and never what it is."""
+    monkeypatch.setenv("MELODI_LABEL_HASH_KEY", "s3cret")
+    for words in (["doctor"], ["doctor", "--json"]):
+        result = CliRunner().invoke(app, words)
+        assert "(set, not shown)" in result.stdout
+        assert "s3cret" not in result.stdout + result.stderr

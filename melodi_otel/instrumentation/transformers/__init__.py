@@ -8,6 +8,7 @@
 ``counts``       exact prompt and completion tokens
 ``steps``        the step clock, and its times as engine steps
 ``engines``      a model object as an engine: devices, size, bytes per token
+``adapters``     which LoRA or other adapter computes
 ============== ============================================================================================
 
 Neither transformers nor torch is ever imported from here: models and tensors are used through what the caller hands in,

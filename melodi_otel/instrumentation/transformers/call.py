@@ -126,6 +126,7 @@ class GenerateCall:
             devices=None if engine is None else engine.devices,
             thread=threading.get_native_id(),
             probe=None if self._steps is None else self._probe,
+            adapter=None if engine is None else engine.adapter(),
         )
         self._open = opened = self._calls.begin(begin)
         if self._steps is not None and engine is not None:
