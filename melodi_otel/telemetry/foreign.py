@@ -180,7 +180,7 @@ class ForeignSpans(Foreign):
         """The span is the request."""
         self._kinds[kind] = None
         start_ns, end_ns = self._monotonic_ns(start_wall_ns), self._monotonic_ns(end_wall_ns)
-        beside = tuple(self._monotonic_ns(start) for start in self._lineage.starts(tuple(self._kinds)))
+        beside = tuple(self._monotonic_ns(start) for start in self._lineage.starts(self._kinds))
         key = Key(self._group, f"{self._salt}-s{next(self._numbers)}")
         labels: Mapping[str, str] = {}
         if self._labels is not None:

@@ -7,6 +7,7 @@ differently. Nothing is invented: a count that its instrumentation made up from 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _INFERENCE: Final = frozenset({"chat", "text_completion", "generate_content", "c
 _OPERATION: Final = {"completion": "text_completion", "embedding": "embeddings"}
 _OPENINFERENCE: Final = {"LLM": "chat", "EMBEDDING": "embeddings"}
 _VLLM: Final = "llm_request"
-_PREFIXES: Final = ("gen_ai.", "llm.", "openinference.", "traceloop.")
+_MAY_BE: Final = re.compile(r"^(?:gen_ai|llm|openinference|traceloop)\.", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,11 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
         span: an ended span.
         local_providers: providers whose spans without a server's address are work of another process on this host.
     """
-    found: Mapping[str, Any] = span.attributes or {}
+    attributes = span.attributes or {}
+    if _MAY_BE.search("\n".join(attributes)) is None:
+        return None  # nearly all spans of a program: one look at all the names
+    found: dict[str, Any] = dict(attributes)
     role = _role(span.name, found)
-    if role is None:
-        return None
     provider = _text(found, "gen_ai.provider.name", "gen_ai.system", "llm.provider", "llm.system")
     provider = None if provider is None else provider.lower()
     if span.name == _VLLM:
@@ -121,7 +123,7 @@ def _scope(span: ReadableSpan) -> str:
     return "" if scope is None else scope.name
 
 
-def _role(name: str, found: Mapping[str, Any]) -> Role | None:
+def _role(name: str, found: Mapping[str, Any]) -> Role:
     operation = found.get("gen_ai.operation.name")
     if operation is not None:
         return "inference" if operation in _INFERENCE else "around"
@@ -132,10 +134,8 @@ def _role(name: str, found: Mapping[str, Any]) -> Role | None:
         return "around"
     if found.get("llm.request.type") in _INFERENCE or (name == _VLLM and "gen_ai.request.id" in found):
         return "inference"
-    if any(key.startswith(_PREFIXES) for key in found):
-        called = "gen_ai.request.model" in found or "llm.model_name" in found
-        return "inference" if called and ("gen_ai.system" in found or "gen_ai.provider.name" in found) else "around"
-    return None
+    called = "gen_ai.request.model" in found or "llm.model_name" in found
+    return "inference" if called and ("gen_ai.system" in found or "gen_ai.provider.name" in found) else "around"
 
 
 def _place(found: Mapping[str, Any], provider: str | None, local_providers: frozenset[str]) -> Place:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
@@ -63,12 +63,16 @@ class Request:
         return max(0.0, both / either) if either > 0 else 1.0
 
 
-@dataclass(eq=False, slots=True)
 class _Open:
-    parent_id: int | None
-    kind: Kind
-    start_ns: int
-    inside: list[Request] = field(default_factory=list[Request])
+    """An open span; made for every span of the program, so it is as small as can be."""
+
+    __slots__ = ("inside", "kind", "parent_id", "start_ns")
+
+    def __init__(self, parent_id: int | None, kind: Kind, start_ns: int) -> None:
+        self.parent_id = parent_id
+        self.kind = kind
+        self.start_ns = start_ns
+        self.inside: list[Request] | None = None
 
 
 class Lineage:
@@ -81,28 +85,20 @@ class Lineage:
         """In a child: what is open belongs to the parent."""
         self._lock = threading.RLock()
         self._open: dict[int, _Open] = {}
-        self._by_kind: dict[Kind, dict[int, int]] = {}
         self._traces: OrderedDict[int, list[Request]] = OrderedDict()
 
     def started(self, span_id: int, parent_id: int | None, kind: Kind, start_ns: int) -> bool:
         """A span began; False where that was known."""
-        with self._lock:
-            if span_id in self._open:
-                return False
-            self._open[span_id] = _Open(parent_id, kind, start_ns)
-            self._by_kind.setdefault(kind, {})[span_id] = start_ns
-            return True
+        # Without the lock: each is one atomic operation of a dictionary, and this runs twice per span of the program.
+        opened = _Open(parent_id, kind, start_ns)
+        return self._open.setdefault(span_id, opened) is opened
 
     def ended(self, span_id: int) -> list[Request] | None:
-        """A span ended: the requests inside it; None where it was not known, or had more than can be remembered."""
+        """A span ended: the requests inside it; None where there was none, or more than can be remembered."""
+        span = self._open.pop(span_id, None)
+        if span is None or span.inside is None:
+            return None
         with self._lock:
-            span = self._open.pop(span_id, None)
-            if span is None:
-                return None
-            beside = self._by_kind[span.kind]
-            del beside[span_id]
-            if not beside:
-                del self._by_kind[span.kind]
             return span.inside if len(span.inside) <= INSIDE_LIMIT else None
 
     def request(self, made: Request, parent_id: int | None) -> Request:
@@ -112,6 +108,8 @@ class Lineage:
             for _ in range(1_000):  # a parent that is its own ancestor would be somebody's mistake
                 if around is None:
                     break
+                if around.inside is None:
+                    around.inside = []
                 if len(around.inside) <= INSIDE_LIMIT:
                     around.inside.append(made)
                 around = self._open.get(around.parent_id) if around.parent_id is not None else None
@@ -140,7 +138,6 @@ class Lineage:
             best.told = True
             return best
 
-    def starts(self, kinds: Sequence[Kind]) -> list[int]:
+    def starts(self, kinds: Container[Kind]) -> list[int]:
         """When the open spans of these kinds began."""
-        with self._lock:
-            return [start for kind in kinds for start in self._by_kind.get(kind, {}).values()]
+        return [span.start_ns for span in list(self._open.values()) if span.kind in kinds]
