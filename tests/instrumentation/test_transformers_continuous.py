@@ -468,6 +468,34 @@ def test_instrumented_under_way(calls, served):
     assert computed(calls)[0] == served.passes[-len(calls.meter.steps) :]
 
 
+def test_instrumented_while_one_runs(calls, served):
+    """What was running before has no call, but its part of each step is told, so it is nobody else's."""
+    reached, go = threading.Event(), threading.Event()
+
+    def hold(step):
+        if step == 3:
+            reached.set()
+            assert go.wait(WAIT_S)
+
+    served.before = hold
+    instrumentor = TransformersInstrumentor(calls)
+    with served.running() as manager:
+        manager.add_request([5, 6, 7], max_new_tokens=20)
+        assert reached.wait(WAIT_S)
+        instrumentor.instrument()
+        try:
+            manager.add_request([5, 6, 7, 8], max_new_tokens=3)
+            go.set()
+            results(manager, 2)
+        finally:
+            instrumentor.uninstrument()
+    assert calls.only.ended.output_tokens == 3
+    steps, work = computed(calls)
+    assert steps[0] == served.passes[4]
+    assert set(work) == {calls.only.children[0], "batch0.req_0"}
+    assert work[calls.only.children[0]] == (4, 2 + WASTED)
+
+
 @pytest.mark.parametrize("broken", ["begin", "step", "now_ns"])
 def test_failures_of_ours(calls, served, monkeypatch, caplog, broken):
     """Whatever of ours fails, the program gets its results."""
