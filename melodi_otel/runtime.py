@@ -144,7 +144,7 @@ class Runtime:
             namespace=namespace,
             labels=LabelFinder(rules, resource.attributes, hashed=config.label_hash) if rules else None,
         )
-        self._libraries = [TransformersInstrumentor(self.calls)]
+        self._libraries = [TransformersInstrumentor(self.calls, environ)]
         self._lock = threading.Lock()
         self._settler: threading.Thread | None = None
         self._stopping = False
