@@ -30,7 +30,6 @@ from melodi_otel.instrumentation.transformers.complaints import Complaints
 from melodi_otel.instrumentation.transformers.engines import Engines
 from melodi_otel.instrumentation.transformers.overrides import (
     IDS_AFTER_PROMPT,
-    MODELING,
     ROOTS,
     Overrides,
     operation_of,
@@ -73,8 +72,8 @@ class TransformersInstrumentor:
         self._streams = Streams(calls, self._complaints)
         self._ranks = Ranks(environ)
         self._patchers: dict[str, Callable[[ModuleType], None]] = {
+            **dict.fromkeys(ROOTS, self._patch_models),
             GENERATION: self._patch_generation,
-            MODELING: self._patch_modeling,
             streams.MODULE: self._patch_streamers,
             serving.MODULE: self._patch_serving,
             **dict.fromkeys(PIPELINES, self._patch_pipeline),
@@ -116,16 +115,14 @@ class TransformersInstrumentor:
         self._replace(module, "GenerationMixin", "_get_candidate_generator", self._wrap_candidates)
         self._replace(module, "GenerationMixin", "load_custom_generate", self._wrap_load)
         self._replace(module, "GenerationMixin", "generate", self._wrap_generate)
+        self._patch_models(module)
 
-    def _patch_modeling(self, module: ModuleType) -> None:
-        roots: list[type] = [getattr(module, name) for name in ROOTS if hasattr(module, name)]
-        for root in roots:
+    def _patch_models(self, module: ModuleType) -> None:
+        root: type | None = getattr(module, ROOTS[module.__name__], None)
+        if root is not None:
             wrap = functools.partial(self._overrides.wrap_init_subclass, owner=root)
             self._replace(module, root.__name__, "__init_subclass__", wrap)
-        try:
-            self._overrides.start(sys.modules[GENERATION].GenerationMixin, roots)
-        except Exception:
-            log.warning("models with a generate() of their own cannot be instrumented", exc_info=True)
+            self._overrides.start(root)
 
     def _patch_streamers(self, module: ModuleType) -> None:
         self._replace(module, streams.OWNER, "__init__", self._streams.wrap_init)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 from weakref import WeakSet
 
@@ -17,9 +17,8 @@ from melodi_otel.instrumentation.transformers.arguments import POSITIONAL
 
 log = logging.getLogger("melodi_otel")
 
-MODELING: Final = "transformers.modeling_utils"
-ROOTS: Final = ("GenerationMixin", "PreTrainedModel")
-"""As ``transformers.modeling_utils`` names them."""
+ROOTS: Final = {"transformers.generation.utils": "GenerationMixin", "transformers.modeling_utils": "PreTrainedModel"}
+"""The classes that models descend from, by their modules: either may be loaded without the other."""
 
 IDS_AFTER_PROMPT: Final = frozenset({"DiffusionGemmaGenerationMixin"})
 """Classes with a loop of their own that answer as transformers' own does: the given ids, then the new ones."""
@@ -53,16 +52,13 @@ class Overrides:
         self._seen: WeakSet[type] = WeakSet()
         self._wrapped: WeakSet[type] = WeakSet()
         self._mark: Final = object()
-        self._base: type | None = None
         self._on = False
 
-    def start(self, base: type, roots: Sequence[type]) -> None:
-        """Wrap what is there below ``roots``; the ``generate`` of ``base`` is no override."""
+    def start(self, root: type) -> None:
+        """Wrap what there is below ``root``, one of :data:`ROOTS`."""
         self._on = True
-        self._base = base
-        for root in roots:
-            for kind in _below(root):
-                self.visit(kind)
+        for kind in _below(root):
+            self.visit(kind)
 
     def stop(self) -> None:
         """Put every override back, unless somebody wrapped it after us."""
@@ -80,7 +76,7 @@ class Overrides:
             return
         self._seen.add(kind)
         for owner in kind.__mro__:
-            if owner is self._base or owner in self._wrapped:
+            if ROOTS.get(owner.__module__) == owner.__qualname__ or owner in self._wrapped:
                 continue
             own = owner.__dict__.get("generate")
             if own is None or not _is_method(own):
