@@ -11,7 +11,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from melodi_otel.errors import ConfigError
@@ -19,6 +19,7 @@ from melodi_otel.errors import ConfigError
 log = logging.getLogger("melodi_otel")
 
 StaticPolicy = Literal["busy_shared", "dynamic"]
+ForeignSpans = Literal["on", "rollup", "off"]
 BUILT_IN_SOURCES: Final = ("rapl", "nvml", "estimate")
 
 
@@ -41,10 +42,14 @@ class Config:
     span_wait: float | None = None
     span_limit: int = 10_000
     sample_hz: float = 10.0
+    foreign_spans: ForeignSpans = "on"
+    local_providers: tuple[str, ...] = ()
     labels: str = ""
     metric_labels: tuple[str, ...] = ()
     label_limit: int = 100
+    label_values: tuple[tuple[str, tuple[str, ...]], ...] = ()
     label_hash: bool = False
+    label_hash_key: str | None = field(default=None, repr=False)
     console: bool = False
     record: str | None = None
     carbon_intensity: float | None = None
@@ -75,18 +80,25 @@ class Config:
                 values[variable.field] = variable.parse(raw.strip())
             except ValueError as error:
                 why = f" ({error})" if str(error) else ""
-                raise ConfigError(f"{name}={raw!r} cannot be used{why}: allowed is {variable.allowed}") from None
+                raise ConfigError(
+                    f"{name}={variable.shown(raw)!r} cannot be used{why}: allowed is {variable.allowed}"
+                ) from None
         return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One ``MELODI_*`` variable: its field, parser, allowed values in words, and meaning."""
+    """One ``MELODI_*`` variable: its field, parser, allowed values in words, and meaning; a secret is never printed."""
 
     field: str
     parse: Callable[[str], Any]
     allowed: str
     help: str
+    secret: bool = False
+
+    def shown(self, raw: str) -> str:
+        """``raw`` as people may read it."""
+        return "(set, not shown)" if self.secret else raw
 
 
 def _flag(raw: str) -> bool:
@@ -127,6 +139,12 @@ def _policy(raw: str) -> StaticPolicy:
     return raw
 
 
+def _foreign_spans(raw: str) -> ForeignSpans:
+    if raw not in ("on", "rollup", "off"):
+        raise ValueError
+    return raw
+
+
 def _address(raw: str) -> str:
     if raw.lower() == "off":
         return "off"
@@ -154,6 +172,17 @@ def _idle(raw: str) -> tuple[tuple[str, float], ...]:
             raise ValueError
         pairs.append((device, _number(0)(watts)))
     return tuple(pairs)
+
+
+def _values(raw: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found: dict[str, tuple[str, ...]] = {}
+    for word in _words(raw):
+        name, equals, listed = word.partition("=")
+        values = tuple(value.strip() for value in listed.split("|"))
+        if not equals or not name.strip() or not all(values) or name.strip() in found:
+            raise ValueError
+        found[name.strip()] = values
+    return tuple(found.items())
 
 
 def _hub(raw: str) -> str:
@@ -209,8 +238,23 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_SAMPLE_HZ": Variable(
         "sample_hz", _number(0.1, 10), "0.1 to 10", "The most readings of a meter per second."
     ),
+    "MELODI_FOREIGN_SPANS": Variable(
+        "foreign_spans",
+        _foreign_spans,
+        "on, rollup or off",
+        "Joules on other instrumentations' GenAI spans; `rollup`: only the sum of the requests in them.",
+    ),
+    "MELODI_LOCAL_PROVIDERS": Variable(
+        "local_providers",
+        _words,
+        "gen_ai.provider.name values, e.g. ollama",
+        "Whose servers run on this host, where their clients' spans name no address.",
+    ),
     "MELODI_LABELS": Variable(
-        "labels", str, "name=kind:key|…,… with kind baggage, header, span or resource", "Whose request it is."
+        "labels",
+        str,
+        "name=kind:key|…,… with kind baggage, header, span or resource, or user or adapter without a key",
+        "Whose request it is.",
     ),
     "MELODI_METRIC_LABELS": Variable(
         "metric_labels", _words, "names out of MELODI_LABELS", "Labels that metrics carry."
@@ -218,7 +262,20 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_LABEL_LIMIT": Variable(
         "label_limit", _whole(1), "a whole number from 1", "Values per metric label before `other`."
     ),
+    "MELODI_LABEL_VALUES": Variable(
+        "label_values",
+        _values,
+        "name=value|value,… with names out of MELODI_METRIC_LABELS",
+        "The only values that metrics carry; all others count as `other`.",
+    ),
     "MELODI_LABEL_HASH": Variable("label_hash", _flag, _FLAG, "1 replaces label values by a hash."),
+    "MELODI_LABEL_HASH_KEY": Variable(
+        "label_hash_key",
+        str,
+        "any text, kept secret",
+        "The key of that hash; setting it turns hashing on.",
+        secret=True,
+    ),
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
     "MELODI_RECORD": Variable("record", str, "a file name", "Write the trace of this process there."),
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),

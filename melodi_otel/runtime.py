@@ -20,7 +20,6 @@ from typing import Any, Final
 from melodi_otel import semconv
 from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.closing import wait_s
-from melodi_otel.attribution.labels import MetricLabels, parse
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Meter, Reason
 from melodi_otel.attribution.record import Observer
@@ -28,6 +27,7 @@ from melodi_otel.clock import Clock, SystemClock
 from melodi_otel.config import Config
 from melodi_otel.devices import Device
 from melodi_otel.errors import ConfigError
+from melodi_otel.instrumentation.asgi import AsgiInstrumentor
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
 from melodi_otel.processes import ProcessClock
 from melodi_otel.publishing import Publisher
@@ -39,14 +39,16 @@ from melodi_otel.results.table import Results
 from melodi_otel.results.terminal import print_summary
 from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import Discovery, Settings
-from melodi_otel.sources.discovery import describe, discover
+from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.telemetry.deferral import Deferral
+from melodi_otel.telemetry.detector import host_resource
+from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Views
-from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline, TracerSeam, host_resource
+from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline, TracerSeam
 from melodi_otel.telemetry.requests import RequestCalls
-from melodi_otel.telemetry.whose import LabelFinder
+from melodi_otel.telemetry.whose import Whose
 from melodi_otel.trace.record import Recorder
 
 log = logging.getLogger("melodi_otel")
@@ -81,15 +83,14 @@ class Runtime:
         self.clock: Clock = clock or SystemClock()
         self.group = environ.get(GROUP_VARIABLE) or secrets.token_hex(8)
         self.store = Store()
-        rules = parse(config.labels)
-        _known_labels(config, {rule.name for rule in rules})
+        whose = Whose(config)
         self.discovery: Discovery = discover(_settings(config, self.clock, environ), config.sources)
         self._devices = MappingProxyType({device.id: _with_idle(device, config) for device in self.discovery.devices})
         host = tuple(device.id for device in self._devices.values() if device.type in ("cpu", "memory"))
-        resource = host_resource(config)
+        resource = host_resource(config, environ, *gpus_of(self.discovery))
         service = _service(resource.attributes.get(semconv.SERVICE_NAME))
         namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
-        self._metric_labels = MetricLabels(config.metric_labels, config.label_limit)
+        self._metric_labels = whose.metric
         self._host = host
         self._recorder: Recorder | None = None
         self.ledger = Ledger(
@@ -133,6 +134,7 @@ class Runtime:
         if config.metrics_addr and config.metrics_addr != "off":
             self._scrape = ScrapePipeline(views, resource)
             observers.append(self._scrape.instruments)
+        labels = whose.finder(resource.attributes)
         self.calls = RequestCalls(
             self.ledger,
             self.group,
@@ -142,9 +144,26 @@ class Runtime:
             observers,
             service=service,
             namespace=namespace,
-            labels=LabelFinder(rules, resource.attributes, hashed=config.label_hash) if rules else None,
+            labels=labels,
         )
-        self._libraries = [TransformersInstrumentor(self.calls, environ)]
+        if config.foreign_spans != "off":
+            self._deferral.watch(
+                ForeignSpans(
+                    self.ledger,
+                    self.group,
+                    self.calls.lineage,
+                    self.calls.reports,
+                    self._monotonic_ns,
+                    owning=config.foreign_spans == "on",
+                    local_providers=config.local_providers,
+                    identity=views.identity,
+                    labels=labels,
+                )
+            )
+        self._libraries = [
+            TransformersInstrumentor(self.calls, environ),
+            AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
+        ]
         self._lock = threading.Lock()
         self._settler: threading.Thread | None = None
         self._stopping = False
@@ -266,6 +285,9 @@ class Runtime:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _monotonic_ns(self, wall_ns: int) -> int:
+        return self.sampler.wall.monotonic_ns(wall_ns)
+
     def _make_sampler(self) -> Sampler:
         return Sampler(
             self.discovery.sources,
@@ -328,6 +350,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._moved = threading.Event()
         self._readings.forked(self._moved.set)
+        self._metric_labels.forked()
         self._settler = None
         self._stale = True
         self._recorder = None
@@ -481,15 +504,6 @@ def _recorder(path: str, host_devices: Sequence[str]) -> Recorder:
 def _with_idle(device: Device, config: Config) -> Device:
     given = dict(config.idle_watts)
     return replace(device, idle_watts=given[device.id]) if device.id in given else device
-
-
-def _known_labels(config: Config, names: set[str]) -> None:
-    unknown = [name for name in config.metric_labels if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"MELODI_METRIC_LABELS={','.join(config.metric_labels)!r} cannot be used: {', '.join(unknown)} is not in"
-            f" MELODI_LABELS; allowed is {', '.join(sorted(names)) or 'nothing while MELODI_LABELS is empty'}"
-        )
 
 
 def _service(value: object) -> str | None:

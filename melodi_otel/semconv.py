@@ -86,6 +86,20 @@ SERVICE_NAME: Final = "service.name"
 SERVICE_NAMESPACE: Final = "service.namespace"
 HOST_ID: Final = "host.id"
 HOST_NAME: Final = "host.name"
+HOST_ARCH: Final = "host.arch"
+HOST_CPU_MODEL_NAME: Final = "host.cpu.model.name"
+HOST_CPU_VENDOR_ID: Final = "host.cpu.vendor.id"
+HOST_CPU_FAMILY: Final = "host.cpu.family"
+HOST_CPU_MODEL_ID: Final = "host.cpu.model.id"
+HOST_CPU_STEPPING: Final = "host.cpu.stepping"
+CONTAINER_ID: Final = "container.id"
+CONTAINER_NAME: Final = "container.name"
+K8S_CLUSTER_NAME: Final = "k8s.cluster.name"
+K8S_NAMESPACE_NAME: Final = "k8s.namespace.name"
+K8S_NODE_NAME: Final = "k8s.node.name"
+K8S_POD_NAME: Final = "k8s.pod.name"
+K8S_POD_UID: Final = "k8s.pod.uid"
+K8S_CONTAINER_NAME: Final = "k8s.container.name"
 HW_ID: Final = "hw.id"
 HW_TYPE: Final = "hw.type"
 HW_NAME: Final = "hw.name"
@@ -124,6 +138,20 @@ RANK: Final = "melodi.parallel.rank"
 WORLD_SIZE: Final = "melodi.parallel.world_size"
 SPAN_OUTCOME: Final = "melodi.span.outcome"
 METER_SOURCE: Final = "melodi.source.name"
+
+GPU_MODEL: Final = "melodi.gpu.model"
+GPU_DRIVER_VERSION: Final = "melodi.gpu.driver_version"
+SLURM_CLUSTER_NAME: Final = "slurm.cluster.name"
+SLURM_JOB_ID: Final = "slurm.job.id"
+SLURM_JOB_NAME: Final = "slurm.job.name"
+SLURM_JOB_ACCOUNT: Final = "slurm.job.account"
+SLURM_JOB_PARTITION: Final = "slurm.job.partition"
+SLURM_ARRAY_JOB_ID: Final = "slurm.array.job.id"
+SLURM_ARRAY_TASK_ID: Final = "slurm.array.task.id"
+SLURM_STEP_ID: Final = "slurm.step.id"
+SLURM_NODE_NAME: Final = "slurm.node.name"
+SLURM_TASK_RANK: Final = "slurm.task.rank"
+SLURM_TASK_COUNT: Final = "slurm.task.count"
 
 SPAN_ATTRIBUTES: Final = (
     Attribute(TOTAL, "double", "J", "Energy of this request on all metered devices."),
@@ -174,22 +202,37 @@ GEN_AI_ATTRIBUTES: Final = (
 """Names of the GenAI conventions that our spans carry."""
 
 RESOURCE_ATTRIBUTES: Final = (
-    Attribute(HOST_ID, "string", "", "The machine id, or MELODI_HOST_ID."),
-    Attribute(HOST_NAME, "string", "", "The host's name."),
-    Attribute("host.cpu.model.name", "string", "", "The CPU's model name."),
-    Attribute("melodi.gpu.model", "string[]", "", "Model names of the GPUs."),
-    Attribute("melodi.gpu.driver_version", "string", "", "Version of the GPU driver."),
-    Attribute("k8s.cluster.name", "string", "", "Kubernetes cluster, where present."),
-    Attribute("k8s.namespace.name", "string", "", "Kubernetes namespace, where present."),
-    Attribute("k8s.node.name", "string", "", "Kubernetes node, where present."),
-    Attribute("k8s.pod.name", "string", "", "Kubernetes pod, where present."),
-    Attribute("k8s.pod.uid", "string", "", "Kubernetes pod UID, where present."),
-    Attribute("k8s.container.name", "string", "", "Kubernetes container, where present."),
-    Attribute("slurm.cluster.name", "string", "", "SLURM cluster, where present."),
-    Attribute("slurm.job.id", "string", "", "SLURM job, where present."),
-    Attribute("slurm.job.account", "string", "", "SLURM account, where present."),
-    Attribute("slurm.step.id", "string", "", "SLURM step, where present."),
+    Attribute(HOST_ID, "string", "", "The host: its machine id, or MELODI_HOST_ID."),
+    Attribute(HOST_NAME, "string", "", "The host's name; in a pod the node's, where that is known."),
+    Attribute(HOST_ARCH, "string", "", "Its architecture: amd64, arm64, …"),
+    Attribute(HOST_CPU_MODEL_NAME, "string", "", "The CPU's model name."),
+    Attribute(HOST_CPU_VENDOR_ID, "string", "", "Who made the CPU: GenuineIntel, AuthenticAMD, ARM, …"),
+    Attribute(HOST_CPU_FAMILY, "string", "", "The CPU's family; on ARM its architecture."),
+    Attribute(HOST_CPU_MODEL_ID, "string", "", "The CPU's model within the family; on ARM its part."),
+    Attribute(HOST_CPU_STEPPING, "string", "", "The CPU's stepping; on ARM its revision, e.g. r1p1."),
+    Attribute(GPU_MODEL, "string[]", "", "Model names of the GPUs, each once."),
+    Attribute(GPU_DRIVER_VERSION, "string", "", "Version of the GPU driver."),
+    Attribute(CONTAINER_ID, "string", "", "The container, where present."),
+    Attribute(CONTAINER_NAME, "string", "", "The container's name, where its runtime tells it."),
+    Attribute(K8S_CLUSTER_NAME, "string", "", "Kubernetes cluster, where present."),
+    Attribute(K8S_NAMESPACE_NAME, "string", "", "Kubernetes namespace, where present."),
+    Attribute(K8S_NODE_NAME, "string", "", "Kubernetes node, where present."),
+    Attribute(K8S_POD_NAME, "string", "", "Kubernetes pod, where present."),
+    Attribute(K8S_POD_UID, "string", "", "Kubernetes pod UID, where present."),
+    Attribute(K8S_CONTAINER_NAME, "string", "", "Kubernetes container, where present."),
+    Attribute(SLURM_CLUSTER_NAME, "string", "", "SLURM cluster, where present."),
+    Attribute(SLURM_JOB_ID, "string", "", "SLURM job, where present."),
+    Attribute(SLURM_JOB_NAME, "string", "", "Its name, where present."),
+    Attribute(SLURM_JOB_ACCOUNT, "string", "", "SLURM account, where present."),
+    Attribute(SLURM_JOB_PARTITION, "string", "", "SLURM partition, where present."),
+    Attribute(SLURM_ARRAY_JOB_ID, "string", "", "The job array, where the job is of one."),
+    Attribute(SLURM_ARRAY_TASK_ID, "string", "", "Which job of the array, where it is of one."),
+    Attribute(SLURM_STEP_ID, "string", "", "SLURM step, where present: a number, batch, interactive, …"),
+    Attribute(SLURM_NODE_NAME, "string", "", "SLURM's name of the node, where present."),
+    Attribute(SLURM_TASK_RANK, "int", "", "Rank of this task in its step, from 0, where present."),
+    Attribute(SLURM_TASK_COUNT, "int", "", "Tasks of the step (or of the job), where present."),
 )
+"""Of our own providers' resource, and what the resource detector ``melodi_otel`` finds."""
 
 METRIC_ATTRIBUTES: Final = (
     Attribute(HW_ID, "string", "", "The device: GPU UUID, intel-rapl:0, …"),

@@ -15,6 +15,7 @@ BUDGET_MINUTES = {
     "core": 1.0,
     "sources": 2.0,
     "timeline": 1.5,
+    "identity": 0.5,
     "attribution": 4.0,
     "trace": 2.0,
     "results": 1.0,
@@ -71,6 +72,7 @@ def _ours():
         state["current activity"] = meter.current.get()
     for module, names in {
         "transformers.generation.utils": ("GenerationMixin.generate",),
+        "starlette.routing": ("Router.__call__",),
         "opentelemetry.trace": ("_TRACER_PROVIDER",),
         "opentelemetry.metrics._internal": ("_METER_PROVIDER",),
         "opentelemetry.sdk.trace": ("TracerProvider.add_span_processor", "TracerProvider.__init__"),

@@ -11,13 +11,12 @@ from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, Baseline
 from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
+from melodi_otel.attribution.late import Holder, Leavings
 from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Interval, Timeline
 
 TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
-
-Holder = tuple[str, str]
 
 
 class Account:
@@ -35,6 +34,7 @@ class Account:
         self.last_work_ns: int | None = None
         self.gone = False
         self.lost: list[tuple[int, int]] = []
+        self.leavings = Leavings()
         self.interval_s = device.period_s or 0.1
         self.measured = 0.0
         self.settled = 0.0

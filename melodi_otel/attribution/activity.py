@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Final
 
 from melodi_otel.attribution.books import Who
-from melodi_otel.attribution.meter import EngineId, Key, Outcome, Probe, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
 """Speed at which a prompt is assumed to be computed until its engine has shown one."""
@@ -86,6 +86,8 @@ class Activity:
         "future",
         "key",
         "last_step_ns",
+        "late",
+        "late_covered_ns",
         "model",
         "nested",
         "open_ns",
@@ -127,6 +129,9 @@ class Activity:
         self.close_ns: int | None = None
         self.end_ns: int | None = None
         self.outcome: Outcome | None = None
+        # Reported when it was over: it is no part of any interval, and what it takes it takes at the end.
+        self.late: Late | None = None
+        self.late_covered_ns: dict[str, float] = {}
         self.last_step_ns: int | None = None
         self.progress_t: list[int] = []
         self.progress_n: list[int] = []

@@ -15,7 +15,7 @@ from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.evidence import Cumulative
 from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
-from melodi_otel.attribution.meter import EngineId, Key, Outcome, Probe, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.attribution.roster import ADOPT_NS, Roster
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
@@ -149,6 +149,7 @@ class Core:
         parent: Key | None,
         thread: int | None,
         probe: Probe | None,
+        late: Late | None,
     ) -> None:
         if key in self.roster.activities and not self.roster.activities[key].anonymous:
             log.warning("melodi_otel: request %s was opened twice; the second time is left out", key.request)
@@ -158,7 +159,7 @@ class Core:
         activity.anonymous = False
         activity.model, activity.who = model, self._who(model, labels or {})
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
-        activity.probe, activity.own_lane = probe, thread is not None
+        activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
         self.roster.add(activity)
         self.changed = True
         if engine is not None:
@@ -170,6 +171,9 @@ class Core:
         if outer is not None:
             activity.parent = outer
             outer.nested.append(activity)
+
+    def work_unseen(self, t_ns: int, change: int) -> None:
+        self._closer.unseen.change(t_ns, change)
 
     def bind(self, key: Key, child_id: str) -> None:
         activity = self.roster.activities.get(key)
@@ -370,6 +374,10 @@ class Core:
 
     def _finish(self, activity: Activity, now_ns: int) -> None:
         self.closing.pop(activity.key, None)
+        if activity.late is not None:
+            for name in activity.on():
+                if name in self.accounts:
+                    self._closer.take_late(self.accounts[name], activity, activity.late)
         self.roster.remove(activity)
         shares = shares_of(
             activity, self.accounts, now_ns, self.roster.engines.get(activity.engine) if activity.engine else None

@@ -40,11 +40,14 @@ def rollup(activity: Activity, device: str) -> float:
 def _share(activity: Activity, account: Account, now_ns: int, seen: float) -> Share:
     end = activity.close_ns or activity.open_ns
     coverage = min(1.0, account.coverage(activity.open_ns, end))
+    if activity.late is not None and end > activity.open_ns:
+        # Where others were told of everything, it is not known what this request used.
+        held = activity.late_covered_ns.get(account.device.id, 0.0) / (end - activity.open_ns)
+        coverage = min(coverage, held)
     accrual = activity.accruals.get(account.device.id)
-    if accrual is None:
-        if coverage <= 0.0:
-            return _unknown(activity, account, end, now_ns)
-        accrual = Accrual()
+    if coverage <= 0.0 and (accrual is None or accrual.joules == 0.0):
+        return _unknown(activity, account, end, now_ns)
+    accrual = accrual or Accrual()
     static = accrual.static
     split = accrual.unsplit == 0.0 and (accrual.prefill > 0.0 or accrual.decode > 0.0)
     dynamic = accrual.prefill + accrual.decode if split else accrual.dynamic
@@ -86,7 +89,7 @@ def _share(activity: Activity, account: Account, now_ns: int, seen: float) -> Sh
 
 
 def _unknown(activity: Activity, account: Account, end: int, now_ns: int) -> Share:
-    reason: Reason = "device_lost" if account.gone else "no_samples"
+    reason: Reason = "device_lost" if account.gone else "late" if activity.late is not None else "no_samples"
     method = "process" if account.cpu.series else tier_of(activity)
     return Share(
         activity.key,
@@ -115,6 +118,8 @@ def _reason(activity: Activity, account: Account, coverage: float, end: int, els
     if coverage < FULL_COVERAGE:
         if elsewhere:
             return "devices_elsewhere"
+        if activity.late is not None:
+            return "late"
         if account.gone:
             return "device_lost"
         if account.had_reset(activity.open_ns, end):

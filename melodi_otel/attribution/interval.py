@@ -7,9 +7,10 @@ from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
 from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Accrual, Activity
-from melodi_otel.attribution.books import Phase
+from melodi_otel.attribution.books import Bucket, Phase
 from melodi_otel.attribution.engines import EngineState
-from melodi_otel.attribution.meter import EngineId, Tier
+from melodi_otel.attribution.late import Left, Unseen
+from melodi_otel.attribution.meter import EngineId, Late, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
 from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.settle import Cell, Given, Pool, Row, divide, unworked_part
@@ -38,6 +39,7 @@ class IntervalCloser:
         self._model = model
         self._policy: StaticPolicy = policy
         self._best: Tier | None = best
+        self.unseen = Unseen()
 
     def close(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
         """Divide ``interval`` of the device; afterwards every measured joule of it is booked."""
@@ -82,15 +84,45 @@ class IntervalCloser:
         account.book("loading", loading * (idle_static + unclaimed), holder)
         account.book("idle", (1.0 - loading) * idle_static, holder)
         recent = account.last_work_ns is not None and 0 <= t0 - account.last_work_ns < TAIL_NS
-        account.book("tail" if recent else "idle", (1.0 - loading) * unclaimed, holder)
+        bucket: Bucket = "tail" if recent else "idle"
+        account.book(bucket, (1.0 - loading) * unclaimed, holder)
+        account.leavings.keep(
+            Left(
+                t0,
+                t1,
+                free=(idle_part if cells else 1.0) * (1.0 - loading),
+                static=(1.0 - loading) * division.idle_static,
+                dynamic=(1.0 - loading) * unclaimed,
+                foreign=foreign,
+                bucket=bucket,
+                holder=holder,
+            )
+        )
         for given in division.given:
             self._accrue(account, given, t1 - t0)
             given.activity.accruals[account.device.id].foreign |= foreign > 0.0
         if cells:
             account.worked(cell.t1_ns for cell in cells)
-        else:
+        elif not self.unseen.any_in(t0, t1):
             account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
         account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
+
+    def take_late(self, account: Account, activity: Activity, late: Late) -> None:
+        """Let work that was reported when it was over take its part of what closed intervals left to nobody."""
+        end_ns = activity.close_ns or activity.open_ns
+        covered = 0.0
+        for taken in account.leavings.take(activity.open_ns, end_ns, late):
+            left, dynamic = taken.left, taken.dynamic + taken.foreign
+            account.book("idle", -taken.static, left.holder)
+            account.book(left.bucket, -taken.dynamic, left.holder)
+            account.book("foreign", -taken.foreign, None)
+            given = Given(activity, "equal", unsplit=dynamic, static=taken.static, busy_ns=taken.length_ns)
+            given.shared = dynamic * (1.0 - 1.0 / taken.company)
+            given.company_ns = taken.company * taken.length_ns
+            self._accrue(account, given, left.t1_ns - left.t0_ns)
+            activity.accruals[account.device.id].foreign |= taken.foreign > 0.0
+            covered += taken.covered_ns
+        activity.late_covered_ns[account.device.id] = covered
 
     def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
         t0, t1 = interval.t0_ns, interval.t1_ns
@@ -124,7 +156,12 @@ class IntervalCloser:
 
     def _slice_of(self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool) -> list[tuple[int, int]]:
         """The parts of [t0, t1] in which a request without steps there has to be seen as a slice."""
-        if activity.anonymous or activity.open_ns >= t1 or (activity.close_ns is not None and activity.close_ns <= t0):
+        if (
+            activity.anonymous
+            or activity.late is not None
+            or activity.open_ns >= t1
+            or (activity.close_ns is not None and activity.close_ns <= t0)
+        ):
             return []
         if account.device.id not in activity.on():
             return []

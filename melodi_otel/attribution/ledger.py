@@ -25,6 +25,7 @@ from melodi_otel.attribution.meter import (
     EngineState,
     Joined,
     Key,
+    Late,
     Outcome,
     Prefill,
     Probe,
@@ -168,14 +169,23 @@ class Ledger:
         parent: Key | None = None,
         thread: int | None = None,
         probe: Probe | None = None,
+        late: Late | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
         named = None if devices is None else tuple(devices)
         if engine is not None and self._engine_devices:
             named = self._engine_devices
-        arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe)
+        arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe, late)
         self._inbox.append((self._core.open, arguments))
         self._count(1, t_ns)
+
+    def unseen(self, t_ns: int, change: int) -> None:
+        """From ``t_ns`` on, ``change`` more pieces of work run (or fewer, below 0) that will be reported late.
+
+        Meanwhile the meters are read as if requests were open, and no idle power is learnt.
+        """
+        self._inbox.append((self._core.work_unseen, (t_ns, change)))
+        self._count(change, t_ns)
 
     def bind(self, key: Key, child_id: str) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.bind`."""
@@ -284,7 +294,7 @@ class Ledger:
 
     @property
     def open_count(self) -> int:
-        """Requests that are open now."""
+        """Requests that are open now, those that will be reported late included."""
         return self._open
 
     def waiting(self) -> int:

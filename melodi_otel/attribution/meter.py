@@ -72,6 +72,18 @@ class Decode(NamedTuple):
     context: int
 
 
+class Late(NamedTuple):
+    """A request that is reported when it is over, as somebody else's span is: ``open`` names a time in the past and ``close``
+    follows at once. It takes its part of what the intervals in between left to nobody, and never from anybody's share.
+
+    ``beside``: starts (monotonic ns) of others that ran beside it and are still to be reported. ``elsewhere``: another
+    process computed it, so that what other processes used is its to take from.
+    """
+
+    beside: tuple[int, ...] = ()
+    elsewhere: bool = False
+
+
 Probe = Callable[[], int | None]
 """Output tokens so far; None while nothing is known of them. Called by the settle thread whenever the sensor moves, and once
 more after ``close``, before the close takes effect: ints only, no locks. An instrumentation that knows step times hands them
@@ -165,8 +177,11 @@ class Meter(Protocol):
         parent: Key | None = None,
         thread: int | None = None,
         probe: Probe | None = None,
+        late: Late | None = None,
     ) -> None:
-        """A request begins. ``thread`` is the native id of the thread that computes it, where one does."""
+        """A request begins. ``thread`` is the native id of the thread that computes it, where one does; ``late``: it is
+        over already, and its close follows.
+        """
         ...
 
     def bind(self, key: Key, child_id: str) -> None:

@@ -30,6 +30,7 @@ class RequestRecord:
         labels: configured labels.
         parent: the activity it is nested in, or None.
         compile_warmup: True: torch.compile worked while it ran, so time and joules are those of a warm-up as well.
+        instrumented: False: only somebody else's span tells of it, whose instrumentation reports its tokens and times itself.
     """
 
     key: Key
@@ -56,6 +57,7 @@ class RequestRecord:
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     parent: Key | None = None
     compile_warmup: bool = False
+    instrumented: bool = True
 
     @property
     def duration_s(self) -> float:

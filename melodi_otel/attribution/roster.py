@@ -117,6 +117,7 @@ class Roster:
             if activity.engine is None
             and activity.close_ns is None
             and not activity.anonymous
+            and activity.late is None
             and activity.key.group == request.key.group
         ]
         inner = [block for block in blocks if not any(other.parent is block for other in blocks)]

@@ -16,6 +16,7 @@ import typer
 
 from melodi_otel.config import INTERNAL, VARIABLES, Config
 from melodi_otel.errors import ConfigError
+from melodi_otel.identity import Identity, identify
 from melodi_otel.sources.base import Discovery
 
 EXAMPLE = "Example: melodi-otel doctor --json"
@@ -34,6 +35,8 @@ def doctor(
     Exit codes: 0 something measures, 3 nothing does, 4 joules are only estimated, 2 a MELODI_* value cannot be used.
     """
     from melodi_otel.runtime import Runtime
+    from melodi_otel.sources.discovery import gpus_of
+    from melodi_otel.telemetry.detector import find
 
     try:
         config = Config.from_env(os.environ)
@@ -42,7 +45,8 @@ def doctor(
         print(json.dumps({"error": str(error)}) if as_json else f"melodi-otel: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     try:
-        report = examine(config, runtime.discovery, os.environ)
+        identity = find(config, os.environ, *gpus_of(runtime.discovery))
+        report = examine(config, runtime.discovery, os.environ, identity=identity)
     finally:
         runtime.shutdown()
     if as_json:
@@ -57,6 +61,8 @@ def examine(
     discovery: Discovery,
     environ: Mapping[str, str],
     find: Callable[[str], str | None] | None = None,
+    *,
+    identity: Identity | None = None,
 ) -> dict[str, Any]:
     """Everything that ``doctor`` knows, as JSON-able data.
 
@@ -65,8 +71,10 @@ def examine(
         discovery: what was found and refused.
         environ: the environment, for the variables that are set.
         find: version of a module that can be imported, or None; default: the installed ones.
+        identity: whose energy it is; None: what is known of this process.
     """
     find = find or installed
+    identity = identity or identify(environ, host_id=config.host_id)
     devices = [device for source in discovery.sources for device in source.devices]
     measured = [device for device in devices if not device.estimated]
     return {
@@ -78,8 +86,13 @@ def examine(
             for source in discovery.sources
         ],
         "refusals": [asdict(refusal) for refusal in discovery.refusals],
+        "identity": {
+            name: {"value": list(value) if isinstance(value, tuple) else value, "from": identity.origins[name]}
+            for name, value in identity.attributes.items()
+        },
+        "identity_notes": list(identity.notes),
         "variables": {
-            "set": {name: environ[name] for name in sorted(environ) if name in VARIABLES},
+            "set": {name: VARIABLES[name].shown(environ[name]) for name in sorted(environ) if name in VARIABLES},
             "unknown": sorted(
                 name
                 for name in environ
@@ -182,6 +195,12 @@ def show(report: Mapping[str, Any]) -> None:
         screen.print(f"  {refusal['source']} [{refusal['state']}]: {refusal['reason']}", markup=False, soft_wrap=True)
         if refusal["fix"]:
             screen.print(f"    to repair: {refusal['fix']}", markup=False, soft_wrap=True)
+    screen.print("Identity", style="bold")
+    for name, fact in report["identity"].items():
+        value = ", ".join(fact["value"]) if isinstance(fact["value"], list) else fact["value"]
+        screen.print(f"  {name}: {value} ({fact['from']})", markup=False, soft_wrap=True)
+    for note in report["identity_notes"]:
+        screen.print(f"  {note}", markup=False, soft_wrap=True)
     screen.print("Settings", style="bold")
     for name, value in report["variables"]["set"].items():
         screen.print(f"  {name}={value}", markup=False, soft_wrap=True)

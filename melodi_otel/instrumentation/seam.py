@@ -7,10 +7,11 @@ list as its ``Calls``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
 
@@ -19,6 +20,27 @@ AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequ
 
 Origin = object
 """Where a request came from, as :meth:`Calls.origin` noted it; only whoever made it knows what is in it."""
+
+INCOMING: Final = "melodi-otel-incoming"
+"""Key under which OpenTelemetry's context holds the :class:`Incoming` of the request being served."""
+
+incoming: ContextVar[Incoming | None] = ContextVar("melodi_otel_incoming", default=None)
+"""The same once more: a middleware of others that begins a new OpenTelemetry context would lose it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Incoming:
+    """What a server's request says about whose it is.
+
+    Attributes:
+        headers: those that were asked for, by lower-case name; one that came several times is joined by ``", "``.
+        user: reads the ``user`` field of its body, or None where nobody asked for that.
+        span: the span that was current when it came in (the server's), or None.
+    """
+
+    headers: Mapping[str, str]
+    user: Callable[[], str | None] | None = None
+    span: object = None
 
 
 @dataclass(slots=True)
@@ -37,6 +59,9 @@ class Begin:
         thread: native id of the computing thread.
         probe: output tokens so far, see ``attribution.meter.Probe``.
         origin: where the request came from, for a thread that may not know: what the thread does know is right.
+        user: who asked, where the request itself says so (OpenAI's ``user``, ``safety_identifier``). It is a label and no
+            span attribute.
+        adapter: name of the LoRA or other adapter that computes, or None.
     """
 
     operation: str
@@ -51,6 +76,8 @@ class Begin:
     thread: int | None = None
     probe: Probe | None = None
     origin: Origin | None = None
+    user: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)

@@ -90,6 +90,13 @@ def describe(discovery: Discovery) -> str:
     return text + "".join(f"; not used: {_sentence(refusal)}" for refusal in notable)
 
 
+def gpus_of(discovery: Discovery) -> tuple[tuple[str, ...], str | None]:
+    """Model names of the GPUs found, each once, and the version of their driver where a meter tells it."""
+    models = dict.fromkeys(d.name for d in discovery.devices if d.type == "gpu" and d.name)
+    versions = (getattr(source, "driver_version", None) for source in discovery.sources)
+    return tuple(models), next((version for version in versions if isinstance(version, str)), None)
+
+
 def _open(name: str, opener: Opener, settings: Settings, sources: Iterable[Source]) -> Source | Refusal:
     taken = {device.id: source.name for source in sources for device in source.devices}
     measured = any(d.type == "cpu" and not d.estimated for source in sources for d in source.devices)

@@ -11,8 +11,8 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 from opentelemetry.sdk.trace import ReadableSpan
 
@@ -25,15 +25,39 @@ from melodi_otel.devices import Device
 log = logging.getLogger("melodi_otel")
 
 AttributeValue = str | bool | int | float | Sequence[str]
-Predicate = Callable[[ReadableSpan], "Future[list[Share]] | None"]
 
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """What a span waits for: its shares, and whether it owns the request (or only encloses the one that does)."""
+    """What a span waits for.
+
+    Attributes:
+        future: its shares.
+        owner: it owns the request; else it encloses the ones that do, or tells of one a second time.
+        output_tokens: of the request, where the span names them in a way of its own.
+        sums: the shares are those of several requests, each with its own joules; else ``Share.rollup`` has their sum.
+    """
 
     future: Future[list[Share]]
     owner: bool = True
+    output_tokens: int | None = None
+    sums: bool = False
+
+
+class Foreign(Protocol):
+    """Whoever knows of spans that are not ours."""
+
+    def started(self, span: ReadableSpan) -> None:
+        """A recorded span began, ours included; must be quick. Every processor asks."""
+        ...
+
+    def ended(self, span: ReadableSpan) -> Entry | None:
+        """What a span waits for that ended, or None; must be quick. Every processor asks."""
+        ...
+
+    def forked(self) -> None:
+        """Start over in a child."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +132,7 @@ class Deferral:
         self._devices = devices
         self._why = why
         self._entries: dict[int, Entry] = {}
-        self._predicates: list[Predicate] = []
+        self._foreign: Foreign | None = None
         self._lock = threading.RLock()
         self._deferred = 0
         self._settled = _none()
@@ -121,19 +145,21 @@ class Deferral:
         """The span has ended: every processor has asked by now."""
         self._entries.pop(span_id, None)
 
-    def add_predicate(self, predicate: Predicate) -> None:
-        """Let spans of others wait too: ``predicate`` gives the future of such a span, else None; it must be quick."""
-        self._predicates.append(predicate)
+    def watch(self, foreign: Foreign | None) -> None:
+        """Let spans of others wait too; None: no longer."""
+        self._foreign = foreign
+
+    def started(self, span: ReadableSpan) -> None:
+        """``span`` began."""
+        if self._foreign is not None:
+            self._foreign.started(span)
 
     def find(self, span: ReadableSpan) -> Entry | None:
-        """What ``span`` waits for, or None."""
+        """What ``span``, which ended, waits for; None: nothing."""
         context = span.get_span_context()
-        if context is not None and (entry := self._entries.get(context.span_id)) is not None:
-            return entry
-        for predicate in self._predicates:
-            if (future := predicate(span)) is not None:
-                return Entry(future)
-        return None
+        entry = self._entries.get(context.span_id) if context is not None else None
+        other = self._foreign.ended(span) if self._foreign is not None else None
+        return entry or other
 
     def wait_s(self) -> float:
         """The longest time a span waits that ends now, in seconds."""
@@ -142,6 +168,18 @@ class Deferral:
     def settle(self, shares: Sequence[Share]) -> Energy:
         """The energy of these shares, in one figure."""
         return summarize(shares, self._devices()) if shares else unavailable(self._why())
+
+    def settled(self, entry: Entry) -> Energy:
+        """The energy that a span shows whose shares are there."""
+        shares = entry.future.result()
+        energy = self.settle(shares)
+        if not entry.sums or energy.total is None:
+            return energy
+        known = {share.key for share in shares if share.joules is not None}
+        missing = [share for share in shares if share.key not in known]
+        if missing:
+            energy = replace(energy, quality="partial", reason=energy.reason or missing[0].reason)
+        return replace(energy, rollup=energy.total)
 
     def parked(self, change: int) -> None:
         """Count spans that began (+) or stopped (-) waiting."""
@@ -162,6 +200,8 @@ class Deferral:
         """In a child: nothing waits here, the parent counts and exports what did."""
         self._lock = threading.RLock()
         self._entries = {}
+        if self._foreign is not None:
+            self._foreign.forked()
         self._deferred = 0
         self._settled = _none()
 

@@ -1,11 +1,17 @@
-"""A thread for records whose joules were known at once, so that the request's own thread need not observe them."""
+"""Finished requests on their way to whoever observes them, never on a request's own thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Final
 
+from melodi_otel.attribution.meter import Share
+from melodi_otel.attribution.record import Observer, RequestRecord
+from melodi_otel.attribution.summary import Energy
+from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.forks import in_child
 
 
@@ -55,3 +61,45 @@ class Delivery:
 
 
 def _stop() -> None: ...
+
+
+class Reports:
+    """Hands finished requests to observers when their joules are known.
+
+    Args:
+        observers: who gets them.
+        settle: the energy of these shares, in one figure.
+    """
+
+    def __init__(self, observers: Sequence[Observer], settle: Callable[[Sequence[Share]], Energy]) -> None:
+        self._observers = tuple(observers)
+        self.settle: Final = settle
+        self._delivery = Delivery()
+        self._complain = Complaints("requests")
+
+    def when_known(self, shares: Future[list[Share]], make: Callable[[Sequence[Share]], RequestRecord]) -> None:
+        """Observe the request that ``make`` tells of, on the thread that knows its joules, never on the request's own."""
+        if shares.done():
+            self._delivery.put(lambda: self._observe(shares, make))
+        else:
+            shares.add_done_callback(lambda done: self._observe(done, make))
+
+    def drain(self, timeout_s: float = 5.0) -> bool:
+        """Wait until every record whose joules are known has been observed; whether that was so in time."""
+        return self._delivery.drain(timeout_s)
+
+    def close(self) -> None:
+        """Observe what is left and end the thread that does so; a later report starts it again."""
+        self._delivery.stop()
+
+    def _observe(self, shares: Future[list[Share]], make: Callable[[Sequence[Share]], RequestRecord]) -> None:
+        try:
+            record = make(shares.result())
+        except Exception as error:
+            self._complain("record", error)
+            return
+        for observer in self._observers:
+            try:
+                observer.finished(record)
+            except Exception as error:
+                self._complain(f"observer {type(observer).__name__}", error)

@@ -15,6 +15,8 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
+from melodi_otel.telemetry import sdk
+
 log = logging.getLogger("melodi_otel")
 
 Signal = Literal["TRACES", "METRICS"]
@@ -44,7 +46,7 @@ def metric_readers(environ: Mapping[str, str]) -> list[MetricReader]:
             continue
         try:
             made: Any = _otlp_metrics(environ) if name == "otlp" else _named("opentelemetry_metrics_exporter", name)
-            found.append(made if isinstance(made, MetricReader) else PeriodicExportingMetricReader(made))
+            found.append(made if isinstance(made, MetricReader) else _periodic(made))
         except Exception as error:
             log.warning("OTEL_METRICS_EXPORTER: %s cannot be used: %s", name, error)
     return found
@@ -118,6 +120,10 @@ def _otlp_metrics(environ: Mapping[str, str]) -> Any:
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as Http
 
     return Http(endpoint=_http_endpoint(environ, "METRICS"))
+
+
+def _periodic(exporter: Any) -> MetricReader:
+    return PeriodicExportingMetricReader(exporter, **sdk.series_limit(PeriodicExportingMetricReader))
 
 
 def _named(group: str, name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from melodi_otel import semconv as names
 from melodi_otel import semconv_metrics as metrics
@@ -175,12 +175,8 @@ class Instruments:
         if energy.total is not None:
             attributes = {**call, **_known({names.SCOPE: energy.scope}), names.QUALITY: energy.quality}
             self._request_energy.record(max(0.0, energy.total), attributes, **context)
-        for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
-            if tokens is not None:
-                self._tokens.record(tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, **context)
-        self._duration.record(record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, **context)
-        if record.outcome in {"stop", "length"}:
-            self._latencies(record, call, context)
+        if record.instrumented:
+            self._call(record, call, context)
         who = {
             **views.clipped(record.labels),
             **views.identity,
@@ -190,6 +186,14 @@ class Instruments:
             names.QUALITY: energy.quality,
         }
         self._requests.add(1, who, **context)
+
+    def _call(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
+        for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
+            if tokens is not None:
+                self._tokens.record(tokens, {**call, names.GEN_AI_TOKEN_TYPE: kind}, **context)
+        self._duration.record(record.duration_s, {**call, **_known({names.ERROR_TYPE: record.error_type})}, **context)
+        if record.outcome in {"stop", "length"}:
+            self._latencies(record, call, context)
 
     def _latencies(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
         first = record.time_to_first_token_s
@@ -258,15 +262,16 @@ class Instruments:
         return [(number, _who(who)) for who, number in active.items()]
 
 
-_NOBODY: Final = Context()
+_NOBODY: Final = set_span_in_context(INVALID_SPAN, Context())
+"""Not an empty context: for the SDK that is none, and it takes whatever span is current on the settling thread."""
 
 
 def _context_of(record: RequestRecord) -> Context:
-    """The request's own span as context, for the exemplar; an empty one where it was not sampled."""
+    """The request's own span as context, for the exemplar; nobody's where it was not sampled."""
     if not (record.sampled and record.trace_id and record.span_id):
         return _NOBODY
     span = SpanContext(record.trace_id, record.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
-    return set_span_in_context(NonRecordingSpan(span), _NOBODY)
+    return set_span_in_context(NonRecordingSpan(span), Context())
 
 
 def _known(attributes: Mapping[str, str | None]) -> dict[str, str]:

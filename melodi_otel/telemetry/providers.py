@@ -9,12 +9,10 @@ a provider that the application sets later is used from then on.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from opentelemetry import metrics as metrics_api
@@ -28,7 +26,6 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from melodi_otel import __version__
 from melodi_otel import semconv as names
 from melodi_otel.attribution.record import RequestRecord
-from melodi_otel.config import Config
 from melodi_otel.telemetry import exporters, sdk
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral
@@ -39,34 +36,6 @@ from melodi_otel.telemetry.spans import DeferringProcessor
 log = logging.getLogger("melodi_otel")
 
 SCOPE: Final = "melodi_otel"
-
-
-def host_resource(config: Config, root: str = "/") -> Resource:
-    """``host.id`` and ``host.name``, merged over what ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME`` say.
-
-    Args:
-        config: ``MELODI_HOST_ID`` wins over the machine id.
-        root: the root of the filesystem to read the machine id from.
-    """
-    found: dict[str, str] = {names.HOST_NAME: socket.gethostname()}
-    host = host_id(config, root)
-    if host is not None:
-        found[names.HOST_ID] = host
-    return Resource.create(found)
-
-
-def host_id(config: Config, root: str = "/") -> str | None:
-    """``MELODI_HOST_ID``, else the machine id, else None."""
-    if config.host_id:
-        return config.host_id
-    for path in ("etc/machine-id", "var/lib/dbus/machine-id"):
-        try:
-            text = (Path(root) / path).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            continue
-        if text and text != "uninitialized":
-            return text
-    return None
 
 
 class TracerSeam:

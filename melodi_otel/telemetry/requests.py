@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import Token
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -27,11 +27,20 @@ from melodi_otel.clock import Clock
 from melodi_otel.instrumentation.seam import AttributeValue, Begin, End, Origin
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
-from melodi_otel.telemetry.delivery import Delivery
+from melodi_otel.telemetry.delivery import Reports
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 from melodi_otel.telemetry.origins import here, within
 
-Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
+
+class Labels(Protocol):
+    """Configured labels of a request that begins now."""
+
+    def __call__(
+        self, attributes: Mapping[str, AttributeValue], user: str | None = None, adapter: str | None = None
+    ) -> Mapping[str, str]:
+        """By its first span attributes, and what :class:`~melodi_otel.instrumentation.seam.Begin` says of both."""
+        ...
 
 
 class RequestCalls:
@@ -44,8 +53,9 @@ class RequestCalls:
         tracer: the tracer to use now; asked for every request, so a provider that is set later is used from then on.
         deferral: where spans wait for their joules.
         observers: who gets finished requests.
+        lineage: where spans around a request learn of it.
         service, namespace: the service identity that metrics carry, or None.
-        labels: configured labels of a request by its first span attributes, or None.
+        labels: finds the configured labels of a request, or None.
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class RequestCalls:
         deferral: Deferral,
         observers: Sequence[Observer] = (),
         *,
+        lineage: Lineage | None = None,
         service: str | None = None,
         namespace: str | None = None,
         labels: Labels | None = None,
@@ -68,7 +79,8 @@ class RequestCalls:
         self.now_ns: Callable[[], int] = clock.monotonic_ns
         self._tracer = tracer
         self.deferral: Final = deferral
-        self._observers = tuple(observers)
+        self.reports: Final = Reports(observers, deferral.settle)
+        self.lineage: Final = lineage or Lineage()
         self._identity = {
             name: value
             for name, value in ((names.SERVICE_NAME, service), (names.SERVICE_NAMESPACE, namespace))
@@ -78,7 +90,6 @@ class RequestCalls:
         self._salt = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._open: dict[Key, _Call] = {}
-        self._delivery = Delivery()
         self.complain: Final = Complaints("requests")
         in_child(self._forked)
 
@@ -111,11 +122,11 @@ class RequestCalls:
 
     def drain(self, timeout_s: float = 5.0) -> bool:
         """Wait until every record whose joules are known has been observed; whether that was so in time."""
-        return self._delivery.drain(timeout_s)
+        return self.reports.drain(timeout_s)
 
     def close(self) -> None:
         """Observe what is left and end the thread that does so; calls may go on, a later one starts it again."""
-        self._delivery.stop()
+        self.reports.close()
 
     # --- used by the calls ---
 
@@ -127,31 +138,13 @@ class RequestCalls:
     def closed(self, call: _Call) -> None:
         self._open.pop(call.key, None)
 
-    def deliver(self, call: _Call, end: End, future: Future[list[Share]]) -> None:
-        """Observe the request when its joules are known: on the thread that knows them, never on the request's own."""
-        if future.done():
-            self._delivery.put(lambda: self._observe(call, end, future))
-        else:
-            future.add_done_callback(lambda done: self._observe(call, end, done))
-
-    def _observe(self, call: _Call, end: End, future: Future[list[Share]]) -> None:
-        try:
-            record = call.record(end, future.result())
-        except Exception as error:
-            self.complain("record", error)
-            return
-        for observer in self._observers:
-            try:
-                observer.finished(record)
-            except Exception as error:
-                self.complain(f"observer {type(observer).__name__}", error)
-
 
 class _Call:
     """One request in flight, see :class:`~melodi_otel.instrumentation.seam.OpenCall`."""
 
     __slots__ = (
-        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_span", "_wall_ns", "children", "key",
+        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_seen", "_span", "_wall_ns", "children",
+        "key",
     )  # fmt: skip
 
     def __init__(self, calls: RequestCalls, key: Key, begin: Begin) -> None:
@@ -161,6 +154,7 @@ class _Call:
         self._begin = begin
         self._parent = current.get()
         self._span: Span | None = None
+        self._seen: Request | None = None
         self._context: Context | None = None
         self._labels: Mapping[str, str] = {}
         self._opened = False
@@ -183,7 +177,10 @@ class _Call:
             attributes[names.GEN_AI_CACHED_TOKENS] = begin.cached_tokens
         attributes.update(begin.attributes)
         if labels is not None:
-            self._labels = labels(attributes)
+            try:
+                self._labels = labels(attributes, begin.user, begin.adapter)
+            except Exception as error:
+                self._calls.complain("labels", error)
             attributes.update(self._labels)
             whose = {**self._labels, **whose}
         self._calls.meter.open(
@@ -205,6 +202,15 @@ class _Call:
             self._name, kind=SpanKind.INTERNAL, attributes=attributes, start_time=self._wall_ns
         )
         self._context = set_span_in_context(self._span)
+        self._seen = self._seen_by_spans(self._span)
+
+    def _seen_by_spans(self, span: Span) -> Request | None:
+        context = span.get_span_context()
+        if not context.is_valid:
+            return None
+        parent = getattr(span, "parent", None)
+        request = Request(context.trace_id, self._wall_ns, SCOPE, "here")
+        return self._calls.lineage.request(request, None if parent is None else parent.span_id)
 
     @property
     def _name(self) -> str:
@@ -226,8 +232,10 @@ class _Call:
         try:
             self._calls.closed(self)
             future = self._close(end)
+            if self._seen is not None:
+                self._seen.ended(self._wall_ns + end.end_ns - self._begin.start_ns, future)
             self._end_span(end, future)
-            self._calls.deliver(self, end, future)
+            self._calls.reports.when_known(future, lambda shares: self.record(end, shares))
         except Exception as error:
             self._calls.complain("end", error)
 
@@ -308,7 +316,7 @@ class _Call:
             outcome=end.outcome,
             error_type=None if end.error is None else _error_type(end.error),
             finish_reasons=tuple(end.finish_reasons),
-            energy=self._calls.deferral.settle(shares),
+            energy=self._calls.reports.settle(shares),
             shares=tuple(shares),
             trace_id=context.trace_id if context else 0,
             span_id=context.span_id if context else 0,

@@ -3,7 +3,7 @@
 A reader of OpenTelemetry's SDK that turns its data into prometheus_client families on a registry of our own. Compared with
 the stock exporter: names are those an OTLP receiver makes of the same metrics, exemplars are kept, bucket bounds are
 floats, no scope labels, ``host_id`` on every series, labels that are not known are absent, and a metric that cannot be
-rendered is left out instead of failing the whole scrape.
+rendered is left out instead of failing the whole scrape. The resource is ``target_info``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.complaints import Complaints
 
 Labels = tuple[tuple[str, str], ...]
-_SERIES_LIMIT: Final = 20_000
 
 
 class ScrapeReader(MetricReader):
@@ -46,7 +45,7 @@ class ScrapeReader(MetricReader):
     """
 
     def __init__(self, constant: Mapping[str, str] | None = None) -> None:
-        super().__init__(**sdk.series_limit(_SERIES_LIMIT))
+        super().__init__(**sdk.series_limit())
         self._constant = {semconv_metrics.label_name(name): value for name, value in (constant or {}).items()}
         self._scraping = threading.Lock()
         self._data: MetricsData | None = None
@@ -72,6 +71,11 @@ class ScrapeReader(MetricReader):
                 self._complain("collect", error)
             data, self._data = self._data, None
             found: dict[str, Family] = {}
+            try:
+                if (target := self._target(data)) is not None:
+                    found[target.name] = target
+            except Exception as error:
+                self._complain("target_info", error)
             for metric in _metrics(data):
                 try:
                     family = self._family(metric)
@@ -81,6 +85,15 @@ class ScrapeReader(MetricReader):
                 if family is not None and family.samples:
                     found.setdefault(family.name, family)
             return list(found.values())
+
+    def _target(self, data: MetricsData | None) -> Family | None:
+        """``target_info``: the resource as labels of one series, for queries to join with."""
+        family = Family("target", "Whose metrics these are.", "info")
+        for one in data.resource_metrics if data else ():
+            labels = self._labels(one.resource.attributes)
+            if labels:
+                family.samples.append(Sample("target_info", dict(labels), 1.0))
+        return family if family.samples else None
 
     def _family(self, metric: Metric) -> Family | None:
         data = metric.data
@@ -144,7 +157,7 @@ class ScrapeReader(MetricReader):
         if traced:
             newest = max(traced, key=lambda e: e.time_unix_nano)
             ids = {"trace_id": f"{newest.trace_id:032x}", "span_id": f"{newest.span_id:016x}"}
-            if len(self._exemplars) < _SERIES_LIMIT or series in self._exemplars:
+            if len(self._exemplars) < sdk.SERIES_LIMIT or series in self._exemplars:
                 self._exemplars[series] = Exemplar(ids, float(newest.value), newest.time_unix_nano / 1e9)
         return self._exemplars.get(series)
 

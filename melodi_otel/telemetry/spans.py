@@ -127,6 +127,10 @@ class DeferringProcessor(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         try:
+            self._deferral.started(span)
+        except Exception as error:
+            self._complain("started", error)
+        try:
             self.next.on_start(span, parent_context=parent_context)
         except Exception as error:
             self._complain("on_start", error)
@@ -277,14 +281,14 @@ class DeferringProcessor(SpanProcessor):
         outcome = waiting.cause
         span = waiting.span
         try:
-            future = waiting.entry.future
-            if future.done():
-                energy = self._deferral.settle(future.result())
+            entry = waiting.entry
+            if entry.future.done():
+                energy = self._deferral.settled(entry)
                 outcome = energy.quality
             else:
                 energy = unavailable(_REASONS.get(outcome, "late"))
-            tokens = (span.attributes or {}).get(names.GEN_AI_OUTPUT_TOKENS)
-            more = energy_attributes(energy, tokens if isinstance(tokens, int) else None, waiting.entry.owner)
+            tokens = (span.attributes or {}).get(names.GEN_AI_OUTPUT_TOKENS, entry.output_tokens)
+            more = energy_attributes(energy, tokens if isinstance(tokens, int) else None, entry.owner)
             span = enriched(span, more)
         except Exception as error:
             self._complain("enrich", error)

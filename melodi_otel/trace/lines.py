@@ -66,7 +66,11 @@ NO_ENGINE: Final = ""
 
 
 class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True):
-    """A request begins. ``thread``: it is computed by a thread of its own, whose steps are its alone."""
+    """A request begins. ``thread``: it is computed by a thread of its own, whose steps are its alone.
+
+    ``beside``: it is reported when it is over, and others that are still to be reported began at these times;
+    ``elsewhere``: another process computed it.
+    """
 
     t: float
     id: str
@@ -77,6 +81,8 @@ class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True)
     cached_tokens: int | None = None
     parent: str | None = None
     thread: int | None = None
+    beside: list[float] | None = None
+    elsewhere: bool = False
 
 
 class BindLine(msgspec.Struct, tag="bind", tag_field="kind", omit_defaults=True):
@@ -142,6 +148,13 @@ class ForeignLine(msgspec.Struct, tag="foreign", tag_field="kind", omit_defaults
     share: float
 
 
+class UnseenLine(msgspec.Struct, tag="unseen", tag_field="kind", omit_defaults=True):
+    """From ``t`` on, ``change`` more pieces of work run (or fewer) that are reported when they are over."""
+
+    t: float
+    change: int
+
+
 Line = (
     DeviceLine
     | EngineLine
@@ -153,6 +166,7 @@ Line = (
     | CloseLine
     | CpuLine
     | ForeignLine
+    | UnseenLine
 )
 
 KINDS: Final[dict[str, type[msgspec.Struct]]] = {
@@ -166,6 +180,7 @@ KINDS: Final[dict[str, type[msgspec.Struct]]] = {
     "close": CloseLine,
     "cpu": CpuLine,
     "foreign": ForeignLine,
+    "unseen": UnseenLine,
 }
 KNOWN_KEYS: Final = {kind: frozenset(("kind", *struct.__struct_fields__)) for kind, struct in KINDS.items()}
 

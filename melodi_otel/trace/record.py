@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from melodi_otel.attribution.engines import Lane, Work, with_host
-from melodi_otel.attribution.meter import EngineId, Key
+from melodi_otel.attribution.meter import EngineId, Key, Late
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Counter
 from melodi_otel.trace import lines as form
@@ -54,6 +54,7 @@ class Recorder:
             "foreign": self._foreign,
             "engine": self._engine,
             "open": self._open,
+            "work_unseen": self._unseen,
             "bind": self._bind,
             "progress": self._progress,
             "step": self._step,
@@ -176,6 +177,7 @@ class Recorder:
         parent: Key | None,
         thread: int | None,
         probe: object,
+        late: Late | None,
     ) -> None:
         self._t_ns = t_ns
         self._line(
@@ -189,8 +191,13 @@ class Recorder:
                 cached_tokens,
                 None if parent is None else parent.request,
                 thread,
+                None if late is None else [seconds(start) for start in late.beside],
+                late is not None and late.elsewhere,
             )
         )
+
+    def _unseen(self, t_ns: int, change: int) -> None:
+        self._line(form.UnseenLine(seconds(t_ns), change))
 
     def _bind(self, key: Key, child_id: str) -> None:
         self._line(form.BindLine(seconds(self._t_ns), key.request, child_id))

@@ -15,7 +15,7 @@ from typing import Any, Final
 from melodi_otel.attribution.closing import MAX_WAIT_S
 from melodi_otel.attribution.engines import Work
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.meter import EngineId, Key, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Late, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.devices import Device
 from melodi_otel.trace import lines as form
@@ -146,6 +146,8 @@ class Replay:
                 self._ledger.cpu(line.device, engine, self._now(line.t), line.busy_s, line.host_busy_s)
             case form.ForeignLine():
                 self._ledger.foreign(line.device, self._now(line.t), line.share)
+            case form.UnseenLine():
+                self._ledger.unseen(self._now(line.t), line.change)
             case form.DeviceLine():
                 self._device(line)
             case form.EngineLine():
@@ -232,6 +234,7 @@ class Replay:
             cached_tokens=line.cached_tokens,
             parent=None if line.parent is None else Key(GROUP, line.parent),
             thread=line.thread,
+            late=None if line.beside is None else Late(tuple(ns(start) for start in line.beside), line.elsewhere),
         )
 
     def _step(self, line: form.StepLine) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill, Share
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Late, Prefill, Share
 from melodi_otel.devices import Device
 
 S = 1_000_000_000
@@ -58,6 +58,8 @@ actions = st.lists(
                 "close",
                 "reset",
                 "foreign",
+                "late",
+                "unseen",
             ]
         ),
         st.integers(0, 7),
@@ -136,6 +138,15 @@ def act(host: Host, action: str, which: int, part: float) -> None:
         step(host, which, part)
     elif action == "reset":
         host.offset["GPU-0"] = host.joules.get("GPU-0", 0.0)
+    elif action == "late":
+        host.count += 1
+        key, start = Key("g", f"r{host.count}"), host.now_ns - round((0.1 + part) * S)
+        beside = tuple(start + number * S // 5 for number in range(which % 3))
+        devices = ("GPU-0", "cpu-0", "GPU-1") if which < 5 else None
+        host.ledger.open(key, start, devices=devices, late=Late(beside, elsewhere=which % 2 == 0))
+        host.futures.append(host.ledger.close(key, host.now_ns - which * S // 20, None, "stop"))
+    elif action == "unseen":
+        host.ledger.unseen(host.now_ns, 1 if which < 4 else -1)
     elif action == "foreign":
         host.ledger.foreign("GPU-1", host.now_ns, part)
     elif host.open:

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from melodi_otel.cli.app import app
 from melodi_otel.cli.doctor import destinations, examine, installed, verdict
 from melodi_otel.config import Config
+from melodi_otel.identity import Identity
+from melodi_otel.identity.kubernetes import VARIABLES
 from melodi_otel.sources.base import Discovery, Refusal
 
 
@@ -35,6 +37,20 @@ def test_json_is_the_same_report(runtime):
     assert report["variables"] == {"set": {"MELODI_SOURCES": "rapl"}, "unknown": ["MELODI_TYPO"]}
     assert set(report["destinations"]) == {"spans", "metrics", "scrape"}
     assert set(report["libraries"]) == {"torch", "transformers", "vllm", "pynvml", "pandas"}
+
+
+def test_the_identity(runtime, monkeypatch):
+    """Whose energy it is, where that was found, and what to do about it, as text and as JSON."""
+    for variable in VARIABLES["k8s.node.name"]:
+        monkeypatch.delenv(variable, raising=False)
+    told = {"MELODI_HOST_ID": "h1", "KUBERNETES_SERVICE_HOST": "10.0.0.1", "POD_NAME": "p1"}
+    out = invoke(**told).stdout.splitlines()
+    assert "  host.id: h1 (MELODI_HOST_ID)" in out
+    assert "  k8s.pod.name: p1 (POD_NAME)" in out
+    assert "  k8s.node.name is not known: hand it over as NODE_NAME by the downward API" in out
+    report = json.loads(invoke("--json", **told).stdout)
+    assert report["identity"]["host.id"] == {"value": "h1", "from": "MELODI_HOST_ID"}
+    assert [note for note in report["identity_notes"] if "k8s.node.name" in note]
 
 
 def test_only_refusals(runtime, kit, monkeypatch):
@@ -128,5 +144,17 @@ def test_text_with_brackets_is_shown_as_it_is(runtime, kit, monkeypatch):
 
 def test_report_is_json_able(kit):
     """Every part of the report survives JSON."""
-    report = examine(Config(), Discovery((kit.Meter("rapl", kit.RAPL),), (kit.DENIED,)), {}, find=lambda name: None)
+    found = Identity({"melodi.gpu.model": ("A", "B")}, {"melodi.gpu.model": "meters"}, ("a note",))
+    discovery = Discovery((kit.Meter("rapl", kit.RAPL),), (kit.DENIED,))
+    report = examine(Config(), discovery, {}, find=lambda name: None, identity=found)
+    assert report["identity"] == {"melodi.gpu.model": {"value": ["A", "B"], "from": "meters"}}
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_secret_is_not_shown(runtime, monkeypatch):
+    """The key of the hash is said to be set, and never what it is."""
+    monkeypatch.setenv("MELODI_LABEL_HASH_KEY", "s3cret")
+    for words in (["doctor"], ["doctor", "--json"]):
+        result = CliRunner().invoke(app, words)
+        assert "(set, not shown)" in result.stdout
+        assert "s3cret" not in result.stdout + result.stderr

@@ -40,7 +40,9 @@ GOOD = {
     "MELODI_LABELS": ("tenant=baggage:tenant.id", "tenant=baggage:tenant.id"),
     "MELODI_METRIC_LABELS": ("tenant", ("tenant",)),
     "MELODI_LABEL_LIMIT": ("7", 7),
+    "MELODI_LABEL_VALUES": ("tenant=a| b,team=x", (("tenant", ("a", "b")), ("team", ("x",)))),
     "MELODI_LABEL_HASH": ("yes", True),
+    "MELODI_LABEL_HASH_KEY": ("s3cret", "s3cret"),
     "MELODI_CONSOLE": ("true", True),
     "MELODI_RECORD": ("t.jsonl", "t.jsonl"),
     "MELODI_CARBON_INTENSITY": ("350", 350.0),
@@ -113,3 +115,18 @@ def test_frozen():
     """Configuration does not change while it is in force."""
     with pytest.raises(FrozenInstanceError):
         Config().disabled = True
+
+
+@pytest.mark.parametrize("raw", ["tenant", "=a", "tenant=a||b", "tenant=", "tenant=a,tenant=b"])
+def test_listed_values_have_a_form(raw):
+    """A list of label values that cannot be read is an error, whichever part of it is wrong."""
+    with pytest.raises(ConfigError, match="MELODI_LABEL_VALUES="):
+        Config.from_env({"MELODI_LABEL_VALUES": raw})
+
+
+def test_a_secret_is_in_no_text():
+    """The key of the hash is in no representation of the configuration."""
+    config = Config.from_env({"MELODI_LABEL_HASH_KEY": "s3cret"})
+    assert config.label_hash_key == "s3cret"
+    assert "s3cret" not in repr(config) + str(config)
+    assert VARIABLES["MELODI_LABEL_HASH_KEY"].shown("s3cret") == "(set, not shown)"

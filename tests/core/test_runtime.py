@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,19 @@ def test_the_first_block_is_covered(program: None, config: Config, tree: FakePow
     assert m.wait(10.0)
     assert m.energy is not None
     assert m.energy.coverage == 1.0
+
+
+def test_the_page_says_where_it_runs(config: Config, tmp_path: Path) -> None:
+    """target_info of the scraped page is the identity, found below the configured roots."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("model name\t: A CPU\n", encoding="ascii")
+    told = replace(config, procfs_root=str(tmp_path / "proc"), host_id="h1", metrics_addr="127.0.0.1:0")
+    runtime = Runtime(told, environ={"SLURM_JOB_ID": "7", "SLURM_PROCID": "3"})
+    runtime.start()
+    try:
+        with urllib.request.urlopen(str(runtime.endpoint_url), timeout=10) as answer:
+            (line,) = [line for line in answer.read().decode().splitlines() if line.startswith("target_info{")]
+    finally:
+        runtime.shutdown()
+    for label in ('host_id="h1"', 'host_cpu_model_name="A CPU"', 'slurm_job_id="7"', 'slurm_task_rank="3"'):
+        assert label in line

@@ -10,7 +10,7 @@ from melodi_otel.devices import Device
 from melodi_otel.errors import ConfigError, MissingDependency, Refused
 from melodi_otel.sources import discovery as module
 from melodi_otel.sources.base import Discovery, Refusal, Settings, Source
-from melodi_otel.sources.discovery import describe, discover
+from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.testing.clock import ManualClock
 from melodi_otel.testing.powercap import FakePowercap
 from melodi_otel.testing.sources import ScriptedSource
@@ -150,3 +150,15 @@ def test_partly_refused_zones_are_told(settings: Settings) -> None:
     found = discover(settings, ("partly",), plugins={"partly": lambda s: source})
     assert states(found) == {"rapl": "permission_denied"}
     assert describe(found) == "energy from partly: x; not used: rapl: intel-rapl:0:0 may not be read (to repair: chmod)"
+
+
+def test_gpus_and_their_driver() -> None:
+    """Models are told once each, the driver's version by the meter that knows it; without a GPU nothing is."""
+    cards = [Device(f"GPU-{n}", "gpu", "nvml.energy_counter", name) for n, name in enumerate(("A", "A", "B", None))]
+    source = ScriptedSource(
+        ManualClock(), dict.fromkeys([*cards, Device("intel-rapl:0", "cpu", "rapl.package", "C")], 1.0)
+    )
+    assert gpus_of(Discovery((source,))) == (("A", "B"), None)
+    source.driver_version = "580.65.06"
+    assert gpus_of(Discovery((source,))) == (("A", "B"), "580.65.06")
+    assert gpus_of(Discovery()) == ((), None)

@@ -57,7 +57,7 @@ def test_a_raw_thread(rig: Any) -> None:
     """The span is a child of the noted one, the activity nested in the noted block, and the baggage is there."""
     seen: dict[str, Any] = {}
 
-    def labels(attributes: Any) -> dict[str, str]:
+    def labels(attributes: Any, *more: Any) -> dict[str, str]:
         seen["while beginning"] = baggage.get_baggage("tenant")
         return {}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import opentelemetry.metrics._internal as metrics_internal
@@ -18,10 +17,9 @@ from opentelemetry.sdk.trace import ConcurrentMultiSpanProcessor, SpanProcessor,
 
 from melodi_otel.attribution.books import Books, Snapshot
 from melodi_otel.attribution.meter import Share
-from melodi_otel.config import Config
 from melodi_otel.telemetry.deferral import Entry
 from melodi_otel.telemetry.metrics import Views
-from melodi_otel.telemetry.providers import MeterSeam, TracerSeam, host_resource
+from melodi_otel.telemetry.providers import MeterSeam, TracerSeam
 from melodi_otel.telemetry.spans import DeferringProcessor
 from melodi_otel.testing.telemetry import CapturedSpans, points
 
@@ -244,28 +242,6 @@ def test_twice_is_once(views: Views, set_global: Any, caplog: pytest.LogCaptureF
         seam.close()
     assert not [r for r in caplog.records if "already" in r.message]
     provider.shutdown()
-
-
-# --- resource ---
-
-
-def test_host_id_of_the_machine(tmp_path: Path) -> None:
-    """host.id is the machine id below the given root."""
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc/machine-id").write_text("abc123\n")
-    resource = host_resource(Config(), str(tmp_path))
-    assert resource.attributes["host.id"] == "abc123"
-    assert resource.attributes["host.name"]
-
-
-def test_host_id_of_the_user(tmp_path: Path) -> None:
-    """MELODI_HOST_ID wins over the machine id."""
-    assert host_resource(Config(host_id="mine"), str(tmp_path)).attributes["host.id"] == "mine"
-
-
-def test_host_id_unknown(tmp_path: Path) -> None:
-    """Without either, host.id is absent."""
-    assert "host.id" not in host_resource(Config(), str(tmp_path)).attributes
 
 
 def test_api_unchanged() -> None:

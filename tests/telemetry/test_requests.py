@@ -264,14 +264,38 @@ def test_left_in_another_task(rig: Any, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_labels(rig: Any, observed: Observed) -> None:
     """Configured labels go to meter, span and record."""
-    calls = calls_of(rig, observed, labels=lambda attributes: {"tenant": "t1"})
-    call = calls.begin(begin_at(rig))
+    asked: list[Any] = []
+
+    def labels(*about: Any) -> dict[str, str]:
+        asked.append(about[1:])
+        return {"tenant": "t1"}
+
+    calls = calls_of(rig, observed, labels=labels)
+    call = calls.begin(begin_at(rig, user="jane", adapter="fr"))
+    assert asked == [("jane", "fr")]
     call.end(End(rig.clock.monotonic_ns()))
     rig.meter.futures[call.key].set_result([])
     rig.processor.pump()
     assert rig.meter.said("open")[0][1]["labels"]["tenant"] == "t1"
     assert rig.captured.ended[0].attributes["tenant"] == "t1"
     assert observed.records[0].labels == {"tenant": "t1"}
+
+
+def test_labels_that_fail(rig: Any, observed: Observed, caplog: pytest.LogCaptureFixture) -> None:
+    """Where labels cannot be found, the request has its span, record and joules all the same."""
+
+    def fail(*_: Any) -> dict[str, str]:
+        raise RuntimeError("no labels")
+
+    calls = calls_of(rig, observed, labels=fail)
+    call = calls.begin(begin_at(rig, user="jane"))
+    call.end(End(rig.clock.monotonic_ns()))
+    rig.meter.futures[call.key].set_result([])
+    rig.processor.pump()
+    assert [span.name for span in rig.captured.ended] == ["chat m"]
+    assert "jane" not in str(dict(rig.captured.ended[0].attributes))
+    assert observed.records[0].labels == {}
+    assert len(caplog.records) == 1
 
 
 def test_registry_stays_empty(rig: Any) -> None:

@@ -14,6 +14,7 @@ from opentelemetry.sdk.metrics.view import (
     ExponentialBucketHistogramAggregation,
     View,
 )
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -205,3 +206,27 @@ def test_shut_down(reader: ScrapeReader) -> None:
     provider.get_meter("t").create_counter("n", "J", "N.").add(1)
     provider.shutdown()
     text(reader)
+
+
+@pytest.mark.parametrize("render", [generate_latest, generate_openmetrics], ids=["text", "OpenMetrics"])
+def test_target_info(reader: ScrapeReader, render: Any) -> None:
+    """The resource is the labels of target_info, an info metric where the format knows them."""
+    resource = Resource({"service.name": "s", "host.id": "h1", "slurm.task.rank": 3, "melodi.gpu.model": ("A", "B")})
+    provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+    provider.get_meter("t").create_counter("n").add(1)
+    rendered = render(reader.registry).decode()
+    labels = 'host_id="h1",melodi_gpu_model="[\\"A\\", \\"B\\"]",service_name="s",slurm_task_rank="3"'
+    assert f"target_info{{{labels}}} 1.0" in rendered.splitlines()
+    assert ("# TYPE target info" in rendered) == (render is generate_openmetrics)
+    if render is generate_openmetrics:
+        assert {family.name for family in text_string_to_metric_families(rendered)} == {"target", "n"}
+    provider.shutdown()
+
+
+def test_no_target_without_a_resource() -> None:
+    """A resource that says nothing makes no series but for the labels that every series has."""
+    bare = ScrapeReader()
+    provider = MeterProvider([bare], resource=Resource({}), shutdown_on_exit=False)
+    provider.get_meter("t").create_counter("n").add(1)
+    assert not [line for line in text(bare) if "target" in line]
+    provider.shutdown()

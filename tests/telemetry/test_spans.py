@@ -203,12 +203,29 @@ def test_encodes_alike(rig: Any, kit: Any) -> None:
     assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)
 
 
-def test_predicates(rig: Any, kit: Any) -> None:
+class Knowing:
+    """Knows what a span called `llm_request` waits for."""
+
+    def __init__(self, future: Future[list[Share]]) -> None:
+        self.future = future
+        self.seen: list[str] = []
+
+    def started(self, span: ReadableSpan) -> None:
+        self.seen.append(span.name)
+
+    def ended(self, span: ReadableSpan) -> Entry | None:
+        return Entry(self.future) if span.name == "llm_request" else None
+
+    def forked(self) -> None: ...
+
+
+def test_spans_of_others(rig: Any, kit: Any) -> None:
     """Spans of others wait too where somebody knows their shares."""
     future: Future[list[Share]] = Future()
-    rig.deferral.add_predicate(lambda span: future if span.name == "llm_request" else None)
+    rig.deferral.watch(knowing := Knowing(future))
     rig.tracer.start_span("llm_request").end()
     rig.tracer.start_span("other").end()
+    assert knowing.seen == ["llm_request", "other"]
     assert [s.name for s in rig.captured.ended] == ["other"]
     future.set_result([kit.share()])
     rig.processor.pump()
@@ -244,13 +261,9 @@ def test_exceptions_of_the_next_stay_inside(caplog: pytest.LogCaptureFixture, ki
     assert len([r for r in caplog.records if "on_start failed" in r.message]) == 1
 
 
-def test_failing_predicate_lets_pass(rig: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_lookup_lets_pass(rig: Any, caplog: pytest.LogCaptureFixture) -> None:
     """An error of ours while looking a span up lets the span pass."""
-
-    def broken(_: ReadableSpan) -> None:
-        raise RuntimeError("broken")
-
-    rig.deferral.add_predicate(broken)
+    rig.deferral.watch(object())
     rig.tracer.start_span("a").end()
     assert [s.name for s in rig.captured.ended] == ["a"]
 

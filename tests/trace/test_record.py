@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill
+from melodi_otel.attribution.ledger import Ledger
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Late, Prefill
+from melodi_otel.devices import Device
 from melodi_otel.testing.machine import Machine
 from melodi_otel.testing.powercap import FakePowercap
 from melodi_otel.trace.record import Recorder
-from melodi_otel.trace.replay import replay
+from melodi_otel.trace.replay import Replay, replay
 
 ENGINE = EngineId("g", 0)
+S = 1_000_000_000
 
 
 def test_replay_equals_the_run(tmp_path: Path) -> None:
@@ -82,3 +85,23 @@ def test_a_full_disk_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogC
         assert rig.request(1.0).total == pytest.approx(10.0)
         recorder.close()
     assert caplog.text.count("recording stops") == 1
+
+
+def test_late_work_is_replayed(tmp_path: Path) -> None:
+    """Work that was reported when it was over, with the starts of others beside it, gets the same share from its trace."""
+    path = tmp_path / "late.jsonl"
+    recorder = Recorder(path)
+    ledger = Ledger(patience_s=None, tap=recorder.tap)
+    ledger.device(Device("D", "gpu", idle_watts=20.0))
+    ledger.unseen(0, 2)
+    for tick in range(21):
+        ledger.counter("D", tick * S // 10, 10.0 * tick)
+        ledger.settle(tick * S // 10)
+    ledger.open(Key("g", "a"), S, late=Late((3 * S // 2,), elsewhere=True))
+    future = ledger.close(Key("g", "a"), 2 * S, None, "stop")
+    ledger.flush(2 * S)
+    recorder.close()
+    (share,) = future.result(0)
+    replayed = [line for line in Replay().run(path.read_bytes().splitlines()) if line["kind"] == "share"]
+    assert share.joules == pytest.approx(75.0)
+    assert [line["joules"] for line in replayed] == [pytest.approx(share.joules, rel=1e-9)]

@@ -16,6 +16,7 @@
 ``engines``      a model object as an engine: devices, size, bytes per token
 ``parallel``     this process among several, and over how many a model is spread
 ``complaints``   failures of our own, told once
+``adapters``     which LoRA or other adapter computes
 ============== ============================================================================================
 
 Neither transformers nor torch is ever imported from here: models and tensors are used through what the caller hands in,

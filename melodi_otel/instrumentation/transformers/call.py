@@ -150,6 +150,7 @@ class GenerateCall:
             devices=None if engine is None else engine.devices,
             thread=threading.get_native_id(),
             probe=self._probe if self._delegates or (loop is not None and loop.steps is not None) else None,
+            adapter=None if engine is None else engine.adapter(),
             origin=origin,
         )
         self._open = opened = self._calls.begin(begin)

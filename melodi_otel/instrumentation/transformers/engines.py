@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, ref
 
 from melodi_otel.attribution.meter import EngineId, Meter
 from melodi_otel.instrumentation.seam import Calls
+from melodi_otel.instrumentation.transformers.adapters import Adapter
 from melodi_otel.instrumentation.transformers.parallel import spread
 
 log = logging.getLogger("melodi_otel")
@@ -26,17 +27,19 @@ class Engine:
     """A declared engine.
 
     Attributes:
+        adapter: called: the name of the adapter that is active now, or None.
         id: its identity in the meter.
         model: what people call the model.
         devices: accelerators by ``hw.id``; ``()``: all parameters are on the CPU; None: not known.
         lanes: numbers that no call has had yet: concurrent calls step beside each other, so each has a lane of its own.
     """
 
-    __slots__ = ("_first", "_meter", "_place", "devices", "id", "lanes", "model")
+    __slots__ = ("_first", "_meter", "_place", "adapter", "devices", "id", "lanes", "model")
 
     def __init__(self, engine: EngineId, model: Any, meter: Meter) -> None:
         self.id = engine
         self.model = model_name(model)
+        self.adapter = Adapter(model)
         self.devices = devices_of(model)
         self._meter = meter
         self._first, self._place = _place(model)

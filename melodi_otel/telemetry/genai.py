@@ -1,0 +1,187 @@
+"""What other people's GenAI spans say: one reading for all their attribute names.
+
+OpenTelemetry's GenAI conventions, their older form (OpenLLMetry, OpenLIT, vLLM) and OpenInference's name the same things
+differently. Nothing is invented: a count that its instrumentation made up from the length of a text is left out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import StatusCode
+
+from melodi_otel import semconv as names
+from melodi_otel.attribution.meter import Outcome
+
+Role = Literal["inference", "around"]
+Place = Literal["here", "host", "remote", "unknown"]
+
+IN_PROCESS: Final = frozenset(
+    {
+        "transformers",
+        "huggingface",
+        "hugging_face",
+        "vllm",
+        "llama_cpp",
+        "llamacpp",
+        "ctranslate2",
+        "onnxruntime",
+        "mlx",
+    }
+)
+"""Providers whose client is the engine: without a server's address their work is done by this process and its children."""
+_INFERENCE: Final = frozenset({"chat", "text_completion", "generate_content", "completion", "embeddings", "embedding"})
+_OPERATION: Final = {"completion": "text_completion", "embedding": "embeddings"}
+_OPENINFERENCE: Final = {"LLM": "chat", "EMBEDDING": "embeddings"}
+_VLLM: Final = "llm_request"
+_PREFIXES: Final = ("gen_ai.", "llm.", "openinference.", "traceloop.")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a span says of itself.
+
+    Attributes:
+        role: ``inference``: a call of a model; ``around``: a chain, an agent, a tool, a workflow.
+        operation, provider, model: ``gen_ai.*`` values, or None.
+        place: where the model ran: ``here`` (this process and its children), ``host`` (another process of this host),
+            ``remote``, ``unknown``.
+        prompt_tokens, output_tokens: as the model's server counted them, or None.
+        outcome, error_type, finish_reasons: how it ended.
+    """
+
+    role: Role
+    operation: str | None
+    provider: str | None
+    model: str | None
+    place: Place
+    prompt_tokens: int | None
+    output_tokens: int | None
+    outcome: Outcome
+    error_type: str | None
+    finish_reasons: tuple[str, ...]
+
+
+def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> Seen | None:
+    """What ``span`` says, or None where it is no GenAI span.
+
+    Args:
+        span: an ended span.
+        local_providers: providers whose spans without a server's address are work of another process on this host.
+    """
+    found: Mapping[str, Any] = span.attributes or {}
+    role = _role(span.name, found)
+    if role is None:
+        return None
+    provider = _text(found, "gen_ai.provider.name", "gen_ai.system", "llm.provider", "llm.system")
+    provider = None if provider is None else provider.lower()
+    if span.name == _VLLM:
+        provider = provider or "vllm"
+    kind = _text(found, "openinference.span.kind")
+    operation = _text(found, "gen_ai.operation.name", "llm.request.type") or _OPENINFERENCE.get(kind or "")
+    place = _place(found, provider, local_providers)
+    # Characters divided by two are no tokens: that is what OpenLIT tells of engines that run in the process itself.
+    guessed = place == "here" and _scope(span).startswith("openlit")
+    reasons = found.get("gen_ai.response.finish_reasons", found.get("llm.finish_reason", ()))
+    listed = (reasons,) if isinstance(reasons, str) else tuple(str(one) for one in reasons or ())
+    failed = span.status.status_code is StatusCode.ERROR
+    return Seen(
+        role=role,
+        operation=_OPERATION.get(operation or "", operation),
+        provider=provider,
+        model=_text(found, "gen_ai.request.model", "gen_ai.response.model", "llm.model_name", "llm.request.model"),
+        place=place,
+        prompt_tokens=None
+        if guessed
+        else _count(found, "gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt"),
+        output_tokens=None
+        if guessed
+        else _count(
+            found, "gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "llm.token_count.completion"
+        ),
+        outcome="error" if failed else "length" if listed and set(listed) <= {"length", "max_tokens"} else "stop",
+        error_type=(_text(found, names.ERROR_TYPE) or "_OTHER") if failed else None,
+        finish_reasons=listed,
+    )
+
+
+def kind_of(span: ReadableSpan) -> tuple[str, str]:
+    """What tells spans of one instrumentation and purpose from others: its scope, and the first word of its name."""
+    return _scope(span), span.name.partition(" ")[0]
+
+
+def _scope(span: ReadableSpan) -> str:
+    scope = span.instrumentation_scope
+    return "" if scope is None else scope.name
+
+
+def _role(name: str, found: Mapping[str, Any]) -> Role | None:
+    operation = found.get("gen_ai.operation.name")
+    if operation is not None:
+        return "inference" if operation in _INFERENCE else "around"
+    kind = found.get("openinference.span.kind")
+    if kind is not None:
+        return "inference" if kind in _OPENINFERENCE else "around"
+    if found.get("traceloop.span.kind") is not None:
+        return "around"
+    if found.get("llm.request.type") in _INFERENCE or (name == _VLLM and "gen_ai.request.id" in found):
+        return "inference"
+    if any(key.startswith(_PREFIXES) for key in found):
+        called = "gen_ai.request.model" in found or "llm.model_name" in found
+        return "inference" if called and ("gen_ai.system" in found or "gen_ai.provider.name" in found) else "around"
+    return None
+
+
+def _place(found: Mapping[str, Any], provider: str | None, local_providers: frozenset[str]) -> Place:
+    if provider in IN_PROCESS:
+        return "here"
+    address = _text(found, "server.address", "net.peer.name")
+    if address is None:
+        base = _text(found, "gen_ai.openai.api_base", "openai.api_base", "llm.api_base")
+        address = urlsplit(base).hostname if base else None
+    if address is not None:
+        return "host" if is_this_host(address) else "remote"
+    return "host" if provider in local_providers else "unknown"
+
+
+def is_this_host(address: str) -> bool:
+    """Whether a server's address is this machine's: a loopback address, its name, or a socket in its file system.
+
+    The name is compared and never looked up: a request must not wait for a name server.
+    """
+    name = address.strip().strip("[]").rstrip(".").lower()
+    if name.startswith(("/", "unix:")) or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ip = ipaddress.ip_address(name)
+    except ValueError:
+        own = socket.gethostname().lower()
+        return name in {own, own.partition(".")[0]}
+    return ip.is_loopback or ip.is_unspecified
+
+
+def _text(found: Mapping[str, Any], *keys: str) -> str | None:
+    for key in keys:
+        value = found.get(key)
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def _count(found: Mapping[str, Any], *keys: str) -> int | None:
+    for key in keys:
+        value = found.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return None
+
+
+def plain(found: Mapping[str, Any]) -> dict[str, str | bool | int | float | Sequence[str]]:
+    """Attributes of a span as labels read them."""
+    return {key: value for key, value in found.items() if value is not None}
