@@ -21,6 +21,7 @@ import wrapt
 
 from melodi_otel.instrumentation.seam import Calls
 from melodi_otel.instrumentation.transformers.call import Complaints, GenerateCall
+from melodi_otel.instrumentation.transformers.continuous import ContinuousBatching
 from melodi_otel.instrumentation.transformers.engines import Engines
 from melodi_otel.instrumentation.transformers.patches import Patches
 
@@ -59,6 +60,7 @@ class TransformersInstrumentor:
         # per instance: two instrumentations side by side must each see their own outermost call
         self._call: ContextVar[GenerateCall | None] = ContextVar("melodi_otel_generate", default=None)
         self._operation: ContextVar[str] = ContextVar("melodi_otel_operation", default="text_completion")
+        self._batches = ContinuousBatching(calls, self._complaints, self._engines, self._operation)
 
     def instrument(self) -> None:
         """Patch what is loaded and what will be; a second time changes nothing."""
@@ -70,11 +72,13 @@ class TransformersInstrumentor:
             elif not self._hooked:
                 wrapt.register_post_import_hook(self._patch, name)
         self._hooked = True
+        self._batches.instrument()
 
     def uninstrument(self) -> None:
         """Put everything back; calls in flight still end. Modules loaded later stay as they are."""
         self._on = False
         self._patches.undo()
+        self._batches.uninstrument()
 
     def _patch(self, module: ModuleType) -> None:
         if not self._on:
@@ -110,6 +114,14 @@ class TransformersInstrumentor:
                 finally:
                     outer.depth -= 1
             call = GenerateCall(self._calls, self._complaints, instance)
+            if self._batches.takes(kwargs):
+
+                def refused(error: BaseException) -> None:
+                    call.begin(self._engines, self._operation.get(), instance, args, kwargs, clock=False)
+                    call.leave(error)
+                    call.fail(error)
+
+                return self._batches.generate(lambda: wrapped(*args, **kwargs), refused)
             token = current.set(call)
             try:
                 call.begin(self._engines, self._operation.get(), instance, args, kwargs, clock=self._clocked)
