@@ -488,15 +488,14 @@ def test_failures_of_ours(calls, served, monkeypatch, caplog, broken):
     assert said.count("WARNING") == 1
 
 
-def test_without_the_parts(calls, served, monkeypatch, caplog):
+def test_without_the_parts(calls, monkeypatch, caplog):
     """A version that lacks a part is left alone as a whole, with one warning."""
-    monkeypatch.delattr(continuous_api.ContinuousBatchProcessor, "update_batch")
     before = vars(continuous_api.ContinuousBatchingManager)["add_request"]
     instrumentor = TransformersInstrumentor(calls)
-    instrumentor.instrument()
-    try:
+    with monkeypatch.context() as patch:
+        patch.delattr(continuous_api.ContinuousBatchProcessor, "update_batch")
+        instrumentor.instrument()
         assert vars(continuous_api.ContinuousBatchingManager)["add_request"] is before
-    finally:
         instrumentor.uninstrument()
     assert [record.message for record in caplog.records] == [
         "continuous batching of this transformers cannot be instrumented"

@@ -15,9 +15,10 @@ ENGINE = EngineId("g", 0)
 
 class Row:
     def __init__(self, child):
-        self.child, self.reached, self.first_ns = child, 0, None
+        self.child, self.reached, self.state, self.first_ns = child, 0, None, None
 
     def scheduled(self, context, state, gives_token):
+        self.state = state
         return gives_token and self.first_ns is None
 
     def first_token(self, t_ns):
@@ -28,13 +29,14 @@ class Loop:
     """Sequences, a lane, and the steps that a meter was told."""
 
     def __init__(self):
-        self.steps, self.rows, self.states = [], {}, {}
+        self.steps, self.rows, self.states, self.numbers = [], {}, {}, []
         self.lane = Lane(3)
         self.lane.report_to(self, ENGINE, ("GPU-0",))
         self.whole = engines.Lane()
 
     def step(self, engine, lane, seq, t0_ns, t1_ns, devices, **work):
-        assert (engine, lane, devices, seq) == (ENGINE, 3, ("GPU-0",), len(self.steps) + 1)
+        assert (engine, lane, devices) == (ENGINE, 3, ("GPU-0",))
+        self.numbers.append(seq)
         self.steps.append((t0_ns, t1_ns, work))
 
     def find(self, name):
@@ -88,7 +90,7 @@ def test_deltas(loop):
         loop.launch(**tokens)
         loop.lane.land(10 * at + 8)
         if at == 3:
-            loop.lane.leave("a", "r.a")
+            loop.lane.leave(loop.rows["a"])
     assert [step[2] for step in loop.steps] == [
         {"decode": Decode(0, 0), "prefill": [Prefill("r.a", 4, 0)], "joined": [], "left": []},
         {"decode": Decode(0, 0), "prefill": [Prefill("r.a", 1, 4), Prefill("r.b", 2, 0)], "joined": [], "left": []},
@@ -209,7 +211,7 @@ def test_next_loop(loop):
     loop.launch(a=1)
     loop.lane.land(6)
     loop.launch(a=1)  # lost with the loop
-    loop.lane.clear(loop.find)
+    loop.lane.clear()
     loop.rows = {"a": Row("s.a")}
     loop.state("a", 2)
     loop.lane.begin(50)
@@ -218,3 +220,22 @@ def test_next_loop(loop):
     assert loop.steps[-1][:2] == (50, 60)
     assert loop.steps[-1][2]["left"] == ["r.a"]
     assert loop.work[-1] == [("s.a", 2, 0, 0)]
+
+
+def test_lost_step(loop):
+    """After a failure of ours the next step sends the whole set, and the gap in the numbers says so."""
+    for name in "ab":
+        loop.state(name, 2)
+    for tokens in (2, 1, 1):
+        loop.launch(a=tokens, b=tokens)
+        loop.lane.land(1)
+    loop.lane.lost()
+    loop.launch(a=1, b=1)
+    loop.lane.land(9)
+    assert loop.numbers == [1, 2, 3, 5]
+    assert loop.steps[-1][2] == {
+        "decode": Decode(2, 8),
+        "prefill": [],
+        "joined": [Joined("r.a", 4), Joined("r.b", 4)],
+        "left": [],
+    }

@@ -9,6 +9,7 @@
 ``steps``               the step clock, and its times as engine steps
 ``engines``             a model object as an engine: devices, size, bytes per token
 ``continuous``          continuous batching: what is patched in its manager and its loop
+``continuous_loops``    the loops of the managers, and their lanes
 ``continuous_requests`` a batched request from begin to end, and the loop that serves it
 ``continuous_steps``    batches of a loop as engine steps
 ======================= ===============================================================================================

@@ -9,25 +9,21 @@ in 4.57 and 5.x, but for the delivery, which has a class of its own only in 5.x.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Final, TypeVar
-from weakref import ref
 
 import wrapt
 
-from melodi_otel.attribution.meter import EngineId
 from melodi_otel.instrumentation.seam import Calls
 from melodi_otel.instrumentation.transformers.call import Complaints
+from melodi_otel.instrumentation.transformers.continuous_loops import BatchLoops, shared
 from melodi_otel.instrumentation.transformers.continuous_requests import BatchedRequest, BatchLoop
-from melodi_otel.instrumentation.transformers.continuous_steps import Lane
-from melodi_otel.instrumentation.transformers.engines import Engine, Engines
+from melodi_otel.instrumentation.transformers.engines import Engines
 from melodi_otel.instrumentation.transformers.patches import Patches
 
 log = logging.getLogger("melodi_otel")
@@ -73,11 +69,7 @@ class ContinuousBatching:
         self._ready = False
         self._entry = Patches()
         self._loop = Patches()
-        self._names = itertools.count()
-        # by the identity of what a manager and its processor share; weak keys would cost a reference object per step
-        self._loops: dict[int, tuple[ref[Any], BatchLoop]] = {}
-        self._gone: deque[int] = deque()
-        self._lanes: dict[EngineId, list[Lane]] = {}
+        self._loops = BatchLoops(calls, self._request_ended)
         self._local = _Local()
         self._adding: ContextVar[_Adding | None] = ContextVar("melodi_otel_adding", default=None)
         self._paged: ContextVar[list[tuple[BatchLoop, BatchedRequest]] | None] = ContextVar(
@@ -98,7 +90,7 @@ class ContinuousBatching:
         """Put everything back; of the loops, when the last request in flight has ended."""
         self._on = self._ready = False
         self._entry.undo()
-        self._attempt("ending lost requests", self._collect)
+        self._attempt("ending lost requests", self._loops.collect)
         self._request_ended()
 
     def takes(self, kwargs: Any) -> bool:
@@ -190,7 +182,7 @@ class ContinuousBatching:
     def _begin(self, adding: _Adding, state: Any) -> None:
         manager = adding.manager
         engine = self._attempt("finding the model", lambda: self._engines.of(manager.model))
-        adding.loop = loop = self._loop_of(manager)
+        adding.loop = loop = self._loops.of(manager)
         adding.request = request = loop.add(self._calls, self._operation.get(), engine, manager, state)
         paged = self._paged.get()
         if paged is not None:
@@ -199,7 +191,7 @@ class ContinuousBatching:
     def _wrap_cancel(self, original: Any) -> Any:
         @functools.wraps(original)
         def cancel_request(manager: Any, request_id: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._find(_shared(manager))
+            loop = self._loops.find(shared(manager))
             if loop is not None:
                 self._attempt("noting a cancellation", lambda: loop.cancel(request_id))
             return original(manager, request_id, *args, **kwargs)
@@ -209,7 +201,7 @@ class ContinuousBatching:
     def _wrap_run(self, original: Any) -> Any:
         @functools.wraps(original)
         def run_generation_loop(manager: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._attempt("following the loop", lambda: self._loop_of(manager))
+            loop = self._attempt("following the loop", lambda: self._loops.of(manager))
             if loop is not None:
                 loop.over, loop.error = False, None
             error: BaseException | None = None
@@ -220,24 +212,14 @@ class ContinuousBatching:
                 raise
             finally:
                 if loop is not None:
-                    self._attempt("ending with the loop", lambda: self._end(loop, error))
+                    self._attempt("ending with the loop", lambda: self._loops.end(loop, error))
 
         return run_generation_loop
-
-    def _end(self, loop: BatchLoop, error: BaseException | None = None) -> None:
-        self._leave(loop)
-        loop.end(self._now_ns(), error)
-
-    def _leave(self, loop: BatchLoop) -> None:
-        """Another loop of the model may go on with its lane: a program may make a manager per batch."""
-        lane = loop.leave()
-        if lane is not None and loop.engine is not None:
-            self._lanes.setdefault(loop.engine.id, []).append(lane)
 
     def _wrap_critical_error(self, original: Any) -> Any:
         @functools.wraps(original)
         def handle_critical_error(manager: Any, error: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._find(_shared(manager))
+            loop = self._loops.find(shared(manager))
             if loop is not None:
                 loop.error = error
             return original(manager, error, *args, **kwargs)
@@ -251,7 +233,7 @@ class ContinuousBatching:
 
         @functools.wraps(original)
         def prepare_next_batch(processor: Any, *args: Any, **kwargs: Any) -> Any:
-            local.looking = loop = self._find(_shared(processor))
+            local.looking = loop = self._loops.find(shared(processor))
             try:
                 if loop is not None:
                     self._look(loop)
@@ -263,13 +245,14 @@ class ContinuousBatching:
                 local.looking = None
             try:
                 if loop is None or loop.lane is None:  # the first request may have come just now
-                    loop = self._find(_shared(processor))
+                    loop = self._loops.find(shared(processor))
                     if loop is not None:
                         self._look(loop)
                 if loop is not None:
                     loop.looked(processor, bool(found), now_ns())
             except Exception:
                 complaints.about("reading a batch")
+                _lose(loop)
             return found
 
         return prepare_next_batch
@@ -280,7 +263,7 @@ class ContinuousBatching:
             return
         lane = loop.lane
         if lane is None:
-            loop.lane = lane = self._lane_of(engine)
+            loop.lane = lane = self._loops.lane(engine)
         lane.report_to(self._calls.meter, engine.id, engine.devices)
         lane.begin(self._calls.now_ns())
 
@@ -289,7 +272,7 @@ class ContinuousBatching:
 
         @functools.wraps(original)
         def update_batch(processor: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._find(_shared(processor))
+            loop = self._loops.find(shared(processor))
             lane = None if loop is None else loop.lane
             if lane is not None:
                 try:
@@ -297,6 +280,7 @@ class ContinuousBatching:
                     lane.land(now_ns())
                 except Exception:
                     complaints.about("handing over a step")
+                    _lose(loop)
             return original(processor, *args, **kwargs)
 
         return update_batch
@@ -331,7 +315,7 @@ class ContinuousBatching:
         return deliver_batch
 
     def _delivered(self, router: Any, outputs: Any) -> None:
-        loop = self._find(router)
+        loop = self._loops.find(router)
         if loop is not None:
             for output in outputs:
                 try:
@@ -343,7 +327,7 @@ class ContinuousBatching:
     def _wrap_fail(self, original: Any) -> Any:
         @functools.wraps(original)
         def fail_and_deliver(router: Any, state: Any, error: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._find(router)
+            loop = self._loops.find(router)
             if loop is not None:
                 self._attempt("ending", lambda: loop.failed(state, error, self._now_ns()))
             return original(router, state, error, *args, **kwargs)
@@ -353,7 +337,7 @@ class ContinuousBatching:
     def _wrap_send(self, original: Any) -> Any:
         @functools.wraps(original)
         def maybe_send_output(processor: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-            if state.status.name == "FINISHED" and (loop := self._find(_shared(processor))) is not None:
+            if state.status.name == "FINISHED" and (loop := self._loops.find(shared(processor))) is not None:
                 tokens = state.static_outputs
                 self._attempt("ending", lambda: loop.delivered(state.request_id, tokens, self._now_ns()))
             return original(processor, state, *args, **kwargs)
@@ -363,53 +347,18 @@ class ContinuousBatching:
     def _wrap_request_error(self, original: Any) -> Any:
         @functools.wraps(original)
         def handle_request_error(processor: Any, error: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-            loop = self._find(_shared(processor))
+            loop = self._loops.find(shared(processor))
             if loop is not None:
                 self._attempt("ending", lambda: loop.failed(state, error, self._now_ns()))
             return original(processor, error, state, *args, **kwargs)
 
         return handle_request_error
 
-    # --- loops ------------------------------------------------------------------------------------------------------
-
-    def _find(self, key: Any) -> BatchLoop | None:
-        """The loop of what a manager and its processor share."""
-        found = self._loops.get(id(key))
-        return found[1] if found is not None and found[0]() is key else None
-
-    def _loop_of(self, manager: Any) -> BatchLoop:
-        self._collect()
-        key = _shared(manager)
-        found = self._find(key)
-        if found is not None:
-            return found
-        at, gone = id(key), self._gone
-        loop = BatchLoop(f"batch{next(self._names)}", self._request_ended)
-        # the callback runs wherever memory is collected, so it only takes a note
-        watch = ref(key, lambda _: gone.append(at))
-        return self._loops.setdefault(at, (watch, loop))[1]
-
-    def _collect(self) -> None:
-        """End what stood open in managers that are gone, and never ran."""
-        while self._gone:
-            at = self._gone.popleft()
-            found = self._loops.get(at)
-            if found is not None and found[0]() is None:
-                del self._loops[at]
-                self._end(found[1])
-
-    def _lane_of(self, engine: Engine) -> Lane:
-        try:
-            return self._lanes[engine.id].pop()
-        except LookupError:
-            return Lane(next(engine.lanes))
-
     def _request_ended(self) -> None:
-        loops = [loop for _, loop in list(self._loops.values())]
-        if not self._on and not any(loop.requests for loop in loops):
+        if not self._on and not any(loop.requests for loop in self._loops):
             self._attempt("taking patches back", self._loop.undo)
-            for loop in loops:
-                self._leave(loop)  # nobody follows it from now on
+            for loop in self._loops:
+                self._loops.leave(loop)  # nobody follows it from now on
 
     def _now_ns(self) -> int:
         return self._calls.now_ns()
@@ -422,10 +371,9 @@ class ContinuousBatching:
             return None
 
 
-def _shared(owner: Any) -> Any:
-    """What a manager and its processor both have: where results go."""
-    router = getattr(owner, "output_router", None)
-    return router if router is not None else getattr(owner, "output_queue", owner)
+def _lose(loop: BatchLoop | None) -> None:
+    if loop is not None and loop.lane is not None:
+        loop.lane.lost()
 
 
 def _wait_for_device(processor: Any) -> None:

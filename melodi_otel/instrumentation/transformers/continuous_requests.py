@@ -257,13 +257,13 @@ class BatchLoop:
         self._rows.pop(name, None)
         self._cancelled.discard(name)
         if self.lane is not None:
-            self.lane.leave(name, row.child)
+            self.lane.leave(row)
 
     def leave(self) -> Lane | None:
         """Give up the lane, if there is one; nobody stands in it any more."""
         lane, self.lane = self.lane, None
         if lane is not None:
-            lane.clear(self.find)
+            lane.clear()
         return lane
 
     def end(self, now_ns: int, error: BaseException | None = None) -> None:

@@ -33,6 +33,8 @@ class Row(Protocol):
     """Its id there."""
     reached: int
     """Positions computed so far: a step that begins before them computes something again."""
+    state: Any
+    """What the engine knows of it, as last scheduled."""
 
     def scheduled(self, context: int, state: Any, gives_token: bool) -> bool:
         """It is about to be computed otherwise than one token after the last: whether its first token comes of it."""
@@ -100,12 +102,12 @@ class Lane:
     """
 
     __slots__ = (
-        "_ahead",
-        "_context",
+        "_bases",
         "_devices",
         "_engine",
         "_flights",
         "_last_ns",
+        "_launched",
         "_leaving",
         "_length_ns",
         "_members",
@@ -125,12 +127,12 @@ class Lane:
         self._last_ns: int | None = None  # where the next step begins; None: when its batch is scheduled
         self._length_ns = 0
         self._leaving: list[str] = []
-        # the decode set: engine's id -> context at its next step, but for the steps of the same set since (_ahead)
-        self._members: dict[str, int] = {}
-        self._ahead = 0
-        # the states of the last batch, if all of them decoded, and the sum of their contexts
-        self._states: list[Any] = []
-        self._context = 0
+        # The decode set, by the identity of the engine's state. A member takes part in every batch, so its context in batch
+        # number n is n plus its base; the sum of the bases tells at once whether all are where they should be.
+        self._members: dict[int, tuple[Row, int, Any]] = {}
+        self._bases = 0
+        self._launched = 0
+        self._states: list[Any] = []  # of the last batch, if all of them decoded
 
     def report_to(self, meter: Meter, engine: EngineId, devices: Sequence[str] | None) -> None:
         """Name the receiver; a model that has moved is on other devices from then on."""
@@ -158,59 +160,58 @@ class Lane:
 
     def launch(self, batch: Sequence[Any], find: Callable[[str], Row]) -> None:
         """``batch`` is about to run. ``find`` knows the row of an id of the engine."""
+        self._launched += 1
         states = [one.state for one in batch]
         count = len(states)
+        positions = sum([state.position_offset for state in states])
         # identical objects compare as equal without being looked into
-        if states == self._states:
-            context = sum([state.position_offset for state in states]) - count
-            if context == self._context + count:
-                self._context = context
-                self._ahead += 1
-                self._flights.append(_Flight(Decode(count, context), (), (), (), ()))
-                return
-        self._flights.append(self._changed(batch, states, find))
+        if states == self._states and positions == self._bases + count * (self._launched + 1):
+            flight = _Flight(Decode(count, positions - count), (), (), (), ())
+        else:
+            flight = self._changed(batch, states, positions, find)
+        self._flights.append(flight)
 
-    def _changed(self, batch: Sequence[Any], states: list[Any], find: Callable[[str], Row]) -> _Flight:
-        before, ahead = self._members, self._ahead
-        members: dict[str, int] = {}
-        total = kept = 0
+    def _changed(self, batch: Sequence[Any], states: list[Any], positions: int, find: Callable[[str], Row]) -> _Flight:
+        members, number = self._members, self._launched
+        names = list(map(id, states))
+        fresh = [one for one, name in zip(batch, names, strict=True) if name not in members]
+        left, self._leaving = self._leaving, []
+        kept = len(names) - len(fresh)
+        if kept != len(members):
+            present = set(names)
+            left += [self._drop(name) for name in [name for name in members if name not in present]]
+        if positions - sum(one.state.position_offset for one in fresh) != self._bases + kept * (number + 1):
+            for one in batch:  # somebody does not go on where it was
+                member = members.get(id(one.state))
+                if member is not None and one.state.position_offset != member[1] + number + 1:
+                    left.append(self._drop(id(one.state)))
+                    fresh.append(one)
         prefill: list[Prefill] = []
         joined: list[Joined] = []
         firsts: list[Row] = []
-        for one in batch:
-            state = one.state
-            name = state.request_id
-            tokens = one.query_length
+        for one in fresh:
+            state, tokens = one.state, one.query_length
             context = state.position_offset - tokens
-            expected = before.get(name)
-            if expected is not None and expected + ahead == context and tokens == 1:
-                kept += 1
-                members[name] = context + 1
-                total += context
-                continue
-            row = find(name)
-            if expected is not None:
-                row.reached = max(row.reached, expected + ahead)
+            row = find(state.request_id)
             if row.scheduled(context, state, one.has_new_token):
                 firsts.append(row)
             if tokens == 1 and context >= row.reached and context >= len(prompt_of(state)):
                 joined.append(Joined(row.child, context))
-                members[name] = context + 1
-                total += context
+                members[id(state)] = row, context - number, state
+                self._bases += context - number
             else:
                 prefill.append(Prefill(row.child, tokens, context))
             row.reached = max(row.reached, context + tokens)
-        left, self._leaving = self._leaving, []
-        if kept != len(before):
-            for name, expected in before.items():
-                if name not in members:
-                    row = find(name)
-                    row.reached = max(row.reached, expected + ahead)
-                    left.append(row.child)
-        self._members, self._ahead = members, 0
-        steady = bool(members) and not prefill
-        self._states, self._context = (states, total) if steady else ([], 0)
-        return _Flight(Decode(len(members), total) if members else _NONE, prefill, joined, left, firsts)
+        count = len(members)
+        self._states = states if count == len(states) else []
+        return _Flight(Decode(count, self._bases + count * number) if count else _NONE, prefill, joined, left, firsts)
+
+    def _drop(self, name: int) -> str:
+        row, base, _ = self._members.pop(name)
+        self._bases -= base
+        self._states = []
+        row.reached = max(row.reached, base + self._launched)
+        return row.child
 
     def land(self, now_ns: int) -> None:
         """The oldest batch in flight has been computed."""
@@ -242,15 +243,19 @@ class Lane:
                 left=flight.left,
             )
 
-    def leave(self, name: str, child: str) -> None:
-        """The engine's ``name`` is over: it stands in no batch that is scheduled from now on."""
-        if self._members.pop(name, None) is not None:
-            self._leaving.append(child)
-            self._states = []
+    def leave(self, row: Row) -> None:
+        """``row`` is over: it stands in no batch that is scheduled from now on."""
+        if id(row.state) in self._members:
+            self._leaving.append(self._drop(id(row.state)))
 
-    def clear(self, find: Callable[[str], Row]) -> None:
+    def clear(self) -> None:
         """The loop is over: whoever still is in the decode set leaves it, and what was in flight is lost."""
-        self._leaving += [find(name).child for name in self._members]
-        self._members, self._ahead, self._states = {}, 0, []
+        self._leaving += [self._drop(name) for name in list(self._members)]
         self._flights.clear()
         self._last_ns = None
+
+    def lost(self) -> None:
+        """Something went wrong here: the number that is left out says so, and the next step sends the whole set."""
+        self.clear()
+        self._leaving = []
+        self._seq += 1
