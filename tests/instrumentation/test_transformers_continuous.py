@@ -500,3 +500,33 @@ def test_without_the_parts(calls, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "continuous batching of this transformers cannot be instrumented"
     ]
+
+
+def test_two_side_by_side(calls, served):
+    """Two instrumentations see the same requests and steps; one that goes hears of nothing more."""
+    other = type(calls)()
+    first, second = TransformersInstrumentor(calls), TransformersInstrumentor(other)
+    first.instrument()
+    second.instrument()
+    try:
+        with served.running() as manager:
+            for _ in range(2):
+                manager.add_request([5, 6, 7], max_new_tokens=3)
+                results(manager, 1)
+                second.uninstrument()
+    finally:
+        second.uninstrument()
+        first.uninstrument()
+    assert [call.ended.output_tokens for call in calls.made] == [3, 3]
+    assert other.only.ended.output_tokens == 3
+    assert len(calls.meter.steps) == 2 * len(other.meter.steps)
+
+
+def test_same_name_twice(instrumented, served):
+    """Of two requests with one id the engine knows the newer one only; the older ends as aborted."""
+    manager = served.manager()
+    for tokens in (5, 2):
+        manager.add_request([5, 6, 7], request_id="mine", max_new_tokens=tokens)
+    older, newer = instrumented.made
+    assert (older.ended.outcome, older.ended.output_tokens) == ("abort", 0)
+    assert newer.ends == []

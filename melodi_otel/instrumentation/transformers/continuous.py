@@ -259,7 +259,7 @@ class ContinuousBatching:
 
     def _look(self, loop: BatchLoop) -> None:
         engine = loop.engine
-        if engine is None:
+        if engine is None or not (self._on or loop.requests):
             return
         lane = loop.lane
         if lane is None:

@@ -65,7 +65,6 @@ class BatchedRequest:
     """A request that was added to a loop.
 
     Args:
-        opened: as it was reported.
         state: what the engine knows of it.
         rows: how many sequences it will have.
         ended: called once, when it has ended.
@@ -76,11 +75,11 @@ class BatchedRequest:
         rows: its sequences, as far as they exist.
     """
 
-    def __init__(self, opened: OpenCall, state: Any, rows: int, ended: Callable[[BatchedRequest], None]) -> None:
+    def __init__(self, state: Any, rows: int, ended: Callable[[BatchedRequest], None]) -> None:
         self.cached_tokens: int | None = None
         self.first_token_ns: int | None = None
         self.rows: list[BatchedRow] = []
-        self._opened = opened
+        self._opened: OpenCall | None = None
         self._ended = ended
         self._prompt_tokens = len(prompt_of(state))
         self._eos = _token_ids(state.eos_token_id)
@@ -89,9 +88,15 @@ class BatchedRequest:
         self._over: dict[int, tuple[int | None, Outcome]] = {}
         self._ticket = [None]  # whoever takes it ends the request: to pop is atomic
 
+    def open(self, calls: Calls, begin: Begin) -> None:
+        """Report it."""
+        self._opened = opened = calls.begin(begin)
+        for index in range(self._awaited):
+            opened.bind(self.child(index))
+
     def child(self, index: int) -> str:
-        """The id of sequence ``index`` in steps."""
-        return f"{self._opened.key.request}.{index}"
+        """The id of sequence ``index`` in steps. First :meth:`open`."""
+        return "" if self._opened is None else f"{self._opened.key.request}.{index}"
 
     def delivered(self, index: int, tokens: Sequence[int], now_ns: int) -> None:
         """Sequence ``index`` is complete."""
@@ -133,7 +138,8 @@ class BatchedRequest:
             error=self._error,
         )
         try:
-            self._opened.end(end)
+            if self._opened is not None:
+                self._opened.end(end)
         finally:
             self._ended(self)
 
@@ -177,11 +183,8 @@ class BatchLoop:
             engine=None if engine is None else engine.id,
             devices=None if engine is None else engine.devices,
         )
-        rows = 1 + int(getattr(state, "num_children", 0))
-        opened = calls.begin(begin)
-        request = BatchedRequest(opened, state, rows, self._ended)
-        for index in range(rows):
-            opened.bind(request.child(index))
+        request = BatchedRequest(state, 1 + int(getattr(state, "num_children", 0)), self._ended)
+        request.open(calls, begin)
         before = self._rows.get(state.request_id)
         if before is not None and before.request is not None:
             before.request.abandon("abort", calls.now_ns())  # the engine, too, knows one request of a name
@@ -299,4 +302,5 @@ def _token_ids(eos: Any) -> frozenset[int]:
     """Ids that end a sequence: the engine takes one, several or none."""
     if eos is None:
         return frozenset()
-    return frozenset((eos,)) if isinstance(eos, int) else frozenset(eos)
+    found: Any = eos.tolist() if hasattr(eos, "tolist") else eos
+    return frozenset((found,)) if isinstance(found, int) else frozenset(found)

@@ -3,6 +3,7 @@
 ``GenerationMixin.generate`` is a call, ``GenerationMixin._has_unfinished_sequences`` its step clock,
 ``GenerationMixin._get_candidate_generator`` tells how many drafts an assisted step verifies, and ``_forward`` of the text
 pipelines tells a chat from a completion. All exist alike in 4.57 and 5.x; one that does not is left out with a warning.
+Continuous batching has patches of its own, in ``continuous``.
 """
 
 from __future__ import annotations
