@@ -73,6 +73,11 @@ def _ours():
     for module, names in {
         "transformers.generation.utils": ("GenerationMixin.generate",),
         "starlette.routing": ("Router.__call__",),
+        "transformers.generation.continuous_batching.continuous_api": (
+            "ContinuousBatchingManager.add_request",
+            "ContinuousBatchProcessor.update_batch",
+            "RequestState.__init__",
+        ),
         "opentelemetry.trace": ("_TRACER_PROVIDER",),
         "opentelemetry.metrics._internal": ("_METER_PROVIDER",),
         "opentelemetry.sdk.trace": ("TracerProvider.add_span_processor", "TracerProvider.__init__"),

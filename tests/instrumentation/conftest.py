@@ -215,3 +215,63 @@ def t5():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_model.tokenizer()
+
+
+class Served:
+    """A model that is served by continuous batching, and what its forward passes were given."""
+
+    def __init__(self, monkeypatch):
+        import transformers
+
+        self._transformers = transformers
+        self._five = hasattr(transformers, "ContinuousBatchingConfig")
+        self.model = tiny_model.llama()
+        self.passes = []
+        self.before = lambda step: None
+        """Called in the loop's thread before every forward pass, with its number."""
+        forward = self.model.forward
+
+        def watched(*args, **kwargs):
+            self.before(len(self.passes))
+            self.passes.append((kwargs["input_ids"].shape[-1], int(kwargs["position_ids"].sum())))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(self.model, "forward", watched)
+        if not self._five:
+            import torch
+
+            # 4.57 asks an accelerator for its memory, and records metrics in a way that the oldest API does not know
+            package = "transformers.generation.continuous_batching"
+            monkeypatch.setattr(
+                f"{package}.cache.get_device_and_memory_breakdown", lambda: (torch.device("cpu"), 1 << 30, 0, 0)
+            )
+            monkeypatch.setattr("transformers.utils.metrics._has_opentelemetry", False)
+            self.model.set_attn_implementation("sdpa_paged")
+
+    def sized(self, *, blocks=16, tokens=64, page=64, **more):
+        """Small caches: by default they are as large as the free memory allows, which takes its time."""
+        return self._transformers.ContinuousBatchingConfig(
+            num_blocks=blocks, max_batch_tokens=tokens, page_size=page, **more
+        )
+
+    def manager(self, *, streaming=False, settings=None, **sizes):
+        settings = self._transformers.GenerationConfig(**{"do_sample": False, **(settings or {})})
+        settings.eos_token_id = settings.eos_token_id or -1
+        if self._five:
+            return self.model.init_continuous_batching(settings, self.sized(**sizes))
+        settings.num_blocks, settings.max_batch_tokens = sizes.get("blocks", 16), sizes.get("tokens", 64)
+        return self.model.init_continuous_batching(settings, streaming=streaming)
+
+    @contextmanager
+    def running(self, **options):
+        manager = self.manager(**options)
+        manager.start()
+        try:
+            yield manager
+        finally:
+            manager.stop(block=True, timeout=30)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    return Served(monkeypatch)

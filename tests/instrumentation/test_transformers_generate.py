@@ -341,27 +341,6 @@ def test_static_cache(instrumented, llama):
     assert (call.begin.prompt_tokens, call.begin.cached_tokens, call.ended.output_tokens) == (4, 0, 5)
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers, "ContinuousBatchingConfig"),
-    reason="generate() of this transformers has no paged cache; that it refuses is test_paged_where_there_is_none",
-)
-def test_paged(instrumented, llama):
-    """Paged generation is one call without a step clock: no first token, no steps, exact counts."""
-    sizes = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
-    result = llama.generate(
-        torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]]),
-        cache_implementation="paged",
-        max_new_tokens=4,
-        continuous_batching_config=sizes,
-    )
-    call = instrumented.only
-    assert result.shape == (1, 2, 8)
-    assert (call.begin.prompt_tokens, call.ended.output_tokens) == (8, 8)
-    assert call.begin.probe is None
-    assert call.ended.first_token_ns is None
-    assert call.steps == []
-
-
 def test_assisted(instrumented, llama):
     """Assisted decoding is one call: the assistant's own generate() are part of it."""
     result = llama.generate(PROMPT, assistant_model=tiny_model.assistant(), max_new_tokens=10, do_sample=False)

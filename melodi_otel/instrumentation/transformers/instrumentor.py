@@ -4,6 +4,7 @@
 ``GenerationMixin._has_unfinished_sequences`` its step clock, ``GenerationMixin._get_candidate_generator`` tells how many
 drafts an assisted step verifies, and ``_forward`` of the text pipelines tells a chat from a completion. All exist alike in
 4.57 and 5.x; one that does not is left out with a warning. What must reach another thread is in ``streams`` and ``serving``.
+Continuous batching has patches of its own, in ``continuous``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from melodi_otel.instrumentation.transformers import serving, streams
 from melodi_otel.instrumentation.transformers.arguments import POSITIONAL
 from melodi_otel.instrumentation.transformers.call import Entry, GenerateCall
 from melodi_otel.instrumentation.transformers.complaints import Complaints
+from melodi_otel.instrumentation.transformers.continuous import ContinuousBatching
 from melodi_otel.instrumentation.transformers.engines import Engines
 from melodi_otel.instrumentation.transformers.overrides import (
     IDS_AFTER_PROMPT,
@@ -84,6 +86,7 @@ class TransformersInstrumentor:
         # per instance: two instrumentations side by side must each see their own outermost call
         self._call: ContextVar[GenerateCall | None] = ContextVar("melodi_otel_generate", default=None)
         self._operation: ContextVar[str] = ContextVar("melodi_otel_operation", default="text_completion")
+        self._batches = ContinuousBatching(calls, self._complaints, self._engines, self._operation)
 
     def instrument(self) -> None:
         """Patch what is loaded and what will be; a second time changes nothing."""
@@ -95,12 +98,14 @@ class TransformersInstrumentor:
             elif not self._hooked:
                 wrapt.register_post_import_hook(self._patch, name)
         self._hooked = True
+        self._batches.instrument()
 
     def uninstrument(self) -> None:
         """Put everything back; calls in flight still end. Modules loaded later stay as they are."""
         self._on = False
         self._overrides.stop()
         self._patches.undo()
+        self._batches.uninstrument()
 
     def _patch(self, module: ModuleType) -> None:
         if self._on:
@@ -148,6 +153,8 @@ class TransformersInstrumentor:
                 return wrapped(*args, **kwargs)
             outer = current.get()
             if outer is None or outer.over or outer.thread != _get_ident():
+                if self._batches.takes(kwargs):
+                    return self._batched(entry, instance, wrapped, args, kwargs)
                 return self._outermost(entry, instance, wrapped, args, kwargs)
             # an assistant's draft, a healed token, what a model's own generate() hands over: part of the call it runs in
             held = outer.nested(instance, args, kwargs)
@@ -205,6 +212,17 @@ class TransformersInstrumentor:
             raise
         finally:
             current.reset(token)
+
+    def _batched(self, entry: Entry, model: Any, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A ``generate()`` that continuous batching serves: its requests are the calls, unless it is refused."""
+
+        def refused(error: BaseException) -> None:
+            call = GenerateCall(self._calls, self._complaints, model, entry)
+            call.begin(self._engines, self._operation.get(), model, args, kwargs)
+            call.leave(error)
+            call.fail(error)
+
+        return self._batches.generate(lambda: wrapped(*args, **kwargs), refused)
 
     def _place(self) -> Mapping[str, AttributeValue] | None:
         place = self._ranks.place()
