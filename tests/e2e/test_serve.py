@@ -94,8 +94,11 @@ def served(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
     command: list[str] = {
         "transformers serve": [str(scripts / "transformers")],
         "traced": [sys.executable, str(TRACED)],
+        "continuous": [str(scripts / "transformers")],
     }[request.param]
     command += ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "warning"]
+    if request.param == "continuous":
+        command += ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
     with tree.live(), OtlpReceiver() as receiver:
         env |= {
@@ -223,3 +226,16 @@ def test_context_reaches_the_inference_thread(served: tuple[Server, OtlpReceiver
     (alone,) = traced.values()
     assert "tenant" not in plain(alone.attributes)
     assert not caller(alone)
+
+
+@pytest.mark.parametrize("served", ["continuous"], indirect=True)
+def test_continuous_batching(served: tuple[Server, OtlpReceiver]) -> None:
+    """With --continuous-batching too, a request is one span with the server's own usage, by the steps of the shared loop."""
+    server, receiver = served
+    answer = server.ask(20)
+    chunks = server.stream(30)
+    found = [plain(span.attributes) for span in arrived(receiver, 2, is_generation)]
+    for attributes, usage in zip(found, (answer["usage"], chunks[-1]["usage"]), strict=True):
+        assert attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+        assert attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
+        assert attributes["melodi.energy.total"] > 0
