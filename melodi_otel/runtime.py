@@ -161,7 +161,7 @@ class Runtime:
                 )
             )
         self._libraries = [
-            TransformersInstrumentor(self.calls),
+            TransformersInstrumentor(self.calls, environ),
             AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
         ]
         self._lock = threading.Lock()

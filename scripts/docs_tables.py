@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from melodi_otel.config import VARIABLES, Config
-from melodi_otel.semconv import RESOURCE_ATTRIBUTES, SPAN_ATTRIBUTES
+from melodi_otel.semconv import REQUEST_ATTRIBUTES, RESOURCE_ATTRIBUTES, SPAN_ATTRIBUTES
 from melodi_otel.semconv_metrics import METRICS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -61,6 +61,7 @@ TABLES = {
     "configuration.md": {"settings": settings},
     "metrics.md": {
         "span attributes": lambda: attributes(SPAN_ATTRIBUTES),
+        "request attributes": lambda: attributes(REQUEST_ATTRIBUTES),
         "resource attributes": lambda: attributes(RESOURCE_ATTRIBUTES),
         "metrics": metrics,
     },

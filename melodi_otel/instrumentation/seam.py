@@ -18,6 +18,9 @@ from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
 
+Origin = object
+"""Where a request came from, as :meth:`Calls.origin` noted it; only whoever made it knows what is in it."""
+
 INCOMING: Final = "melodi-otel-incoming"
 """Key under which OpenTelemetry's context holds the :class:`Incoming` of the request being served."""
 
@@ -55,6 +58,7 @@ class Begin:
         devices: accelerators by ``hw.id`` (``()``: CPU only; None: not known).
         thread: native id of the computing thread.
         probe: output tokens so far, see ``attribution.meter.Probe``.
+        origin: where the request came from, for a thread that may not know: what the thread does know is right.
         user: who asked, where the request itself says so (OpenAI's ``user``, ``safety_identifier``). It is a label and no
             span attribute.
         adapter: name of the LoRA or other adapter that computes, or None.
@@ -71,6 +75,7 @@ class Begin:
     devices: Sequence[str] | None = None
     thread: int | None = None
     probe: Probe | None = None
+    origin: Origin | None = None
     user: str | None = None
     adapter: str | None = None
 
@@ -134,6 +139,10 @@ class Calls(Protocol):
 
     def now_ns(self) -> int:
         """Monotonic time of the clock that everything here uses."""
+        ...
+
+    def origin(self) -> Origin | None:
+        """The request, trace and baggage that the caller stands in, to be given to a :class:`Begin`; None: in none."""
         ...
 
     def begin(self, begin: Begin) -> OpenCall:
