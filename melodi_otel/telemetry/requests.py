@@ -29,6 +29,7 @@ from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Delivery
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.late import LateEnds
 
 Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
 
@@ -45,6 +46,7 @@ class RequestCalls:
         observers: who gets finished requests.
         service, namespace: the service identity that metrics carry, or None.
         labels: configured labels of a request by its first span attributes, or None.
+        late: who ends the spans of ``tracer`` when their joules are there; None: their processors wait for them.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RequestCalls:
         service: str | None = None,
         namespace: str | None = None,
         labels: Labels | None = None,
+        late: Callable[[], LateEnds | None] = lambda: None,
     ) -> None:
         self._meter = meter
         self._group = group
@@ -66,6 +69,7 @@ class RequestCalls:
         # Not a method: the step clock asks once per token.
         self.now_ns: Callable[[], int] = clock.monotonic_ns
         self._tracer = tracer
+        self._late = late
         self.deferral: Final = deferral
         self._observers = tuple(observers)
         self._identity = {
@@ -98,7 +102,7 @@ class RequestCalls:
         """Open the activity and start the span; whatever fails here, the caller gets a call that can be ended."""
         call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
         try:
-            call.start(self._tracer(), self._identity, self._labels)
+            call.start(self._tracer(), self._late(), self._identity, self._labels)
         except Exception as error:
             self.complain("begin", error)
         return call
@@ -145,7 +149,8 @@ class _Call:
     """One request in flight, see :class:`~melodi_otel.instrumentation.seam.OpenCall`."""
 
     __slots__ = (
-        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_span", "_wall_ns", "children", "key",
+        "_begin", "_calls", "_context", "_ended", "_labels", "_late", "_opened", "_parent", "_span", "_wall_ns", "children",
+        "key",
     )  # fmt: skip
 
     def __init__(self, calls: RequestCalls, key: Key, begin: Begin) -> None:
@@ -155,6 +160,7 @@ class _Call:
         self._begin = begin
         self._parent = current.get()
         self._span: Span | None = None
+        self._late: LateEnds | None = None
         self._context: Context | None = None
         self._labels: Mapping[str, str] = {}
         self._opened = False
@@ -162,8 +168,9 @@ class _Call:
         clock = calls.clock
         self._wall_ns = clock.wall_ns() - (clock.monotonic_ns() - begin.start_ns)
 
-    def start(self, tracer: Tracer, identity: Mapping[str, str], labels: Labels | None) -> None:
+    def start(self, tracer: Tracer, late: LateEnds | None, identity: Mapping[str, str], labels: Labels | None) -> None:
         begin = self._begin
+        self._late = late
         attributes: dict[str, AttributeValue] = {
             names.GEN_AI_OPERATION: begin.operation,
             names.GEN_AI_PROVIDER: begin.provider,
@@ -253,15 +260,20 @@ class _Call:
             return
         deferral = self._calls.deferral
         span_id = span.get_span_context().span_id
+        entry = Entry(future, owner=self.children == 0)
         try:
             span.set_attributes(self._outcome(end))
             if end.error is not None:
                 span.set_status(Status(StatusCode.ERROR, str(end.error) or None))
-            deferral.register(span_id, Entry(future, owner=self.children == 0))
         except Exception as error:
             self._calls.complain("span", error)
-        finally:
+        if self._late is not None:
+            self._late.hold(span, end_time, entry, end.output_tokens)
+            return
+        deferral.register(span_id, entry)
+        try:
             span.end(end_time)
+        finally:
             deferral.forget(span_id)
 
     def _outcome(self, end: End) -> dict[str, AttributeValue]:

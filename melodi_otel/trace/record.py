@@ -86,6 +86,16 @@ class Recorder:
         if file is not None:
             file.close()
 
+    def forked(self) -> None:
+        """In a child: the parent goes on writing, and what its buffer held is not written a second time."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, file.fileno())
+                os.close(null)
+                file.close()
+
     def _give_up(self, error: OSError) -> None:
         log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
         file, self._file = self._file, None

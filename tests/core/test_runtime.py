@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
 import melodi_otel
-from melodi_otel import runtime as root
+from melodi_otel import program as root
 from melodi_otel.config import Config
 from melodi_otel.errors import ConfigError
 from melodi_otel.instrumentation.seam import Begin, End

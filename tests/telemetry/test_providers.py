@@ -21,8 +21,9 @@ from melodi_otel.attribution.meter import Share
 from melodi_otel.config import Config
 from melodi_otel.telemetry.deferral import Entry
 from melodi_otel.telemetry.metrics import Views
-from melodi_otel.telemetry.providers import MeterSeam, TracerSeam, host_resource
+from melodi_otel.telemetry.providers import MeterSeam, host_resource
 from melodi_otel.telemetry.spans import DeferringProcessor
+from melodi_otel.telemetry.tracers import TracerSeam
 from melodi_otel.testing.telemetry import CapturedSpans, points
 
 RESOURCE = Resource({"host.id": "h1"})
