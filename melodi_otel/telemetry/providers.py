@@ -70,8 +70,9 @@ class MeterSeam:
         given: use this provider instead of the global one.
     """
 
-    # Instruments cannot be removed from a provider: a second `instrument()` must find and rebind those of the first.
-    _made: ClassVar[weakref.WeakKeyDictionary[Any, Instruments]] = weakref.WeakKeyDictionary()
+    # Instruments cannot be removed from a provider: a second `instrument()` must find and rebind those of the first. By
+    # identity: a vendor's provider may have no hash.
+    _made: ClassVar[list[tuple[weakref.ref[Any], Instruments]]] = []
 
     def __init__(self, views: Views, environ: Mapping[str, str], resource: Resource, given: object = None) -> None:
         self._given = given
@@ -125,7 +126,8 @@ class MeterSeam:
         with self._lock:
             provider = self._own or self._seen
         flush = getattr(provider, "force_flush", None)
-        return bool(flush(round(timeout_s * 1000))) if flush is not None else True
+        # A vendor's provider may answer nothing at all.
+        return flush is None or flush(round(timeout_s * 1000)) is not False
 
     def _adopt(self, provider: Any) -> None:
         with self._lock:
@@ -159,11 +161,13 @@ class MeterSeam:
         host = self._resource.attributes.get(names.HOST_ID)
         if host is not None and not _says_host(provider):
             views = _with_host(views, str(host))
-        made = self._made.get(provider)
-        if made is None:
-            made = self._made[provider] = Instruments(provider.get_meter(SCOPE, __version__), views)
-        else:
-            made.rebind(views)
+        self._made[:] = [kept for kept in self._made if kept[0]() is not None]
+        for known, made in self._made:
+            if known() is provider:
+                made.rebind(views)
+                return made
+        made = Instruments(provider.get_meter(SCOPE, __version__), views)
+        self._made.append((weakref.ref(provider), made))
         return made
 
 

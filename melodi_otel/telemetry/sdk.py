@@ -14,6 +14,7 @@ from opentelemetry.sdk.resources import Resource
 
 from melodi_otel import semconv_metrics
 from melodi_otel.semconv_metrics import Metric
+from melodi_otel.telemetry.wrapping import inside
 
 _KINDS: Final = (
     sdk.Counter,
@@ -84,7 +85,8 @@ def forget(provider: object, scope: str) -> None:
     Observed values are read anew; recorded ones stay in private storages of the readers, the same from 1.27 until now. Where
     a version has none of that shape nothing is dropped.
     """
-    storages: Any = getattr(getattr(provider, "_measurement_consumer", None), "_reader_storages", None)
+    consumer = inside(provider, lambda one: getattr(one, "_measurement_consumer", None), "get_meter")
+    storages: Any = getattr(consumer, "_reader_storages", None)
     if not isinstance(storages, Mapping):
         return
     for storage in cast(Mapping[Any, Any], storages).values():

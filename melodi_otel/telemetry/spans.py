@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextvars import Context as Variables
+from contextvars import copy_context
 from typing import Final
 
 from opentelemetry.context import Context
@@ -71,6 +73,9 @@ def enriched(span: ReadableSpan, more: Mapping[str, AttributeValue]) -> Readable
     return _Enriched(span, more)
 
 
+_Ended = tuple[ReadableSpan, Variables]
+
+
 class DeferringProcessor(SpanProcessor):
     """Holds back the spans that wait for joules, bounded in time and number, and passes all others through.
 
@@ -84,7 +89,7 @@ class DeferringProcessor(SpanProcessor):
         self.next: Final = following
         self._deferral = deferral
         self._complain = Complaints("span processor")
-        self._parking: Parking[ReadableSpan] = Parking(deferral, self._forward, self._complain, threaded=threaded)
+        self._parking: Parking[_Ended] = Parking(deferral, self._forward, self._complain, threaded=threaded)
 
     # --- what the SDK calls, on the application's threads ---
 
@@ -108,7 +113,8 @@ class DeferringProcessor(SpanProcessor):
         except Exception as error:
             self._complain("find", error)
             entry = None
-        if entry is None or not self._parking.park(span, entry):
+        # What the next processor asks of its context (suppression, baggage) is asked of the one in which the span ended.
+        if entry is None or not self._parking.park((span, copy_context()), entry):
             self._hand_on(span)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
@@ -145,7 +151,8 @@ class DeferringProcessor(SpanProcessor):
 
     # --- inside ---
 
-    def _forward(self, span: ReadableSpan, entry: Entry, energy: Energy) -> None:
+    def _forward(self, ended: _Ended, entry: Entry, energy: Energy) -> None:
+        span, context = ended
         try:
             tokens = (span.attributes or {}).get(names.GEN_AI_OUTPUT_TOKENS)
             more = energy_attributes(energy, tokens if isinstance(tokens, int) else None, entry.owner)
@@ -153,7 +160,7 @@ class DeferringProcessor(SpanProcessor):
         except Exception as error:
             self._complain("enrich", error)
             span = enriched(span, energy_attributes(unavailable(None), None))
-        self._hand_on(span)
+        context.run(self._hand_on, span)
 
     def _hand_on(self, span: ReadableSpan) -> None:
         try:

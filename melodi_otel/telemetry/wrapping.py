@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from opentelemetry.sdk.trace import SpanProcessor
@@ -14,14 +15,23 @@ _DEPTH: Final = 3
 
 def processors_of(provider: object) -> Any:
     """The SDK's multi-processor of ``provider``, or of the provider that it holds (a proxy of a vendor); None: neither."""
+
+    def of(one: object) -> Any:
+        multi = getattr(one, "_active_span_processor", None)
+        return multi if isinstance(getattr(multi, "_span_processors", None), tuple) else None
+
+    return inside(provider, of, "get_tracer")
+
+
+def inside(provider: object, find: Callable[[object], Any], method: str) -> Any:
+    """What ``find`` finds first: in ``provider``, or in an object with ``method`` that it holds, a few levels deep."""
     layer: list[object] = [provider]
     for _ in range(_DEPTH):
         for one in layer:
-            multi = getattr(one, "_active_span_processor", None)
-            if isinstance(getattr(multi, "_span_processors", None), tuple):
-                return multi
+            if (found := find(one)) is not None:
+                return found
         # The type is asked, not the object: looking must not run somebody's lazy attributes.
-        layer = [held for one in layer for held in _held_by(one) if callable(getattr(type(held), "get_tracer", None))]
+        layer = [held for one in layer for held in _held_by(one) if callable(getattr(type(held), method, None))]
     return None
 
 
@@ -52,7 +62,10 @@ class Wrapped:
         multi.add_span_processor = self._late
 
     def _wrap(self, processor: SpanProcessor) -> SpanProcessor:
-        if isinstance(processor, DeferringProcessor) or type(processor).on_end is SpanProcessor.on_end:
+        own = vars(processor) if hasattr(processor, "__dict__") else {}
+        if isinstance(processor, DeferringProcessor) or (
+            type(processor).on_end is SpanProcessor.on_end and "on_end" not in own
+        ):
             return processor  # ours already, or one that never looks at ended spans
         ours = DeferringProcessor(processor, self._deferral)
         self._ours.append(ours)
