@@ -152,7 +152,7 @@ class Runtime:
             labels=LabelFinder(rules, resource.attributes, hashed=config.label_hash) if rules else None,
             late=self._tracers.late,
         )
-        self._libraries = {"transformers": TransformersInstrumentor(self.calls)}
+        self._libraries = {"transformers": TransformersInstrumentor(self.calls, environ)}
         self._lock = threading.Lock()
         self._settler: threading.Thread | None = None
         self._stopping = False

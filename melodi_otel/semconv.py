@@ -119,6 +119,9 @@ BUCKET: Final = "melodi.energy.bucket"
 HOLDER_SERVICE: Final = "melodi.energy.holder.service"
 HOLDER_MODEL: Final = "melodi.energy.holder.model"
 REQUEST_OUTCOME: Final = "melodi.request.outcome"
+COMPILE_WARMUP: Final = "melodi.request.compile_warmup"
+RANK: Final = "melodi.parallel.rank"
+WORLD_SIZE: Final = "melodi.parallel.world_size"
 SPAN_OUTCOME: Final = "melodi.span.outcome"
 METER_SOURCE: Final = "melodi.source.name"
 
@@ -146,6 +149,13 @@ SPAN_ATTRIBUTES: Final = (
     Attribute(SCHEMA, "int", "", "Version of these attributes."),
 )
 """``melodi.energy.*`` on the span of a request."""
+
+REQUEST_ATTRIBUTES: Final = (
+    Attribute(COMPILE_WARMUP, "boolean", "", "torch.compile worked in this process meanwhile; only where it is true."),
+    Attribute(RANK, "int", "", "Which of several processes of one program this is, where that is known."),
+    Attribute(WORLD_SIZE, "int", "{process}", "How many processes those are."),
+)
+"""What else a span of ours says of its request."""
 
 GEN_AI_ATTRIBUTES: Final = (
     Attribute(GEN_AI_OPERATION, "string", "", "What was asked: chat, text_completion, …"),

@@ -72,10 +72,10 @@ class Decode(NamedTuple):
     context: int
 
 
-Probe = Callable[[], int]
-"""Output tokens so far. Called by the settle thread whenever the sensor moves, and once more after ``close``, before the close
-takes effect: ints only, no locks. An instrumentation that knows step times hands them over with ``Meter.step`` from inside
-this call, so that its request's thread pays nothing for it."""
+Probe = Callable[[], int | None]
+"""Output tokens so far; None while nothing is known of them. Called by the settle thread whenever the sensor moves, and once
+more after ``close``, before the close takes effect: ints only, no locks. An instrumentation that knows step times hands them
+over with ``Meter.step`` from inside this call, so that its request's thread pays nothing for it."""
 
 current: ContextVar[Key | None] = ContextVar("melodi_otel_activity", default=None)
 """The innermost open activity of this context: the parent of what is opened next."""

@@ -29,6 +29,7 @@ class RequestRecord:
         trace_id, span_id: of its span, 0 where there is none; ``sampled``: whether that span is recorded.
         labels: configured labels.
         parent: the activity it is nested in, or None.
+        compile_warmup: True: torch.compile worked while it ran, so time and joules are those of a warm-up as well.
     """
 
     key: Key
@@ -54,6 +55,7 @@ class RequestRecord:
     sampled: bool = False
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     parent: Key | None = None
+    compile_warmup: bool = False
 
     @property
     def duration_s(self) -> float:

@@ -17,6 +17,10 @@ from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
 
+Origin = object
+"""Where a request came from, as :meth:`Calls.origin` noted it; only whoever made it knows what is in it."""
+
+
 @dataclass(slots=True)
 class Begin:
     """A model call as it starts.
@@ -32,6 +36,7 @@ class Begin:
         devices: accelerators by ``hw.id`` (``()``: CPU only; None: not known).
         thread: native id of the computing thread.
         probe: output tokens so far, see ``attribution.meter.Probe``.
+        origin: where the request came from, for a thread that may not know: what the thread does know is right.
     """
 
     operation: str
@@ -45,6 +50,7 @@ class Begin:
     devices: Sequence[str] | None = None
     thread: int | None = None
     probe: Probe | None = None
+    origin: Origin | None = None
 
 
 @dataclass(slots=True)
@@ -106,6 +112,10 @@ class Calls(Protocol):
 
     def now_ns(self) -> int:
         """Monotonic time of the clock that everything here uses."""
+        ...
+
+    def origin(self) -> Origin | None:
+        """The request, trace and baggage that the caller stands in, to be given to a :class:`Begin`; None: in none."""
         ...
 
     def begin(self, begin: Begin) -> OpenCall:

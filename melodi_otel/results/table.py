@@ -119,6 +119,7 @@ def as_dict(record: RequestRecord) -> dict[str, Any]:
         energy.coverage,
         energy.concurrency,
         energy.exclusive,
+        record.compile_warmup or None,
         f"{record.trace_id:032x}" if record.trace_id else None,
         f"{record.span_id:016x}" if record.span_id else None,
     )
@@ -162,6 +163,7 @@ COLUMNS: tuple[str, ...] = (
     "coverage_ratio",
     "concurrency",
     "exclusive",
+    "compile_warmup",
     "trace_id",
     "span_id",
 )
@@ -185,8 +187,9 @@ def count(value: int | None) -> str:
 
 
 def quality(record: RequestRecord) -> str:
-    """The quality with the reason where there is one."""
-    return f"{record.energy.quality} ({record.energy.reason})" if record.energy.reason else record.energy.quality
+    """The quality with the reason where there is one, and a word on a request in which torch compiled something."""
+    notes = [note for note in (record.energy.reason, "compile warm-up" if record.compile_warmup else None) if note]
+    return f"{record.energy.quality} ({', '.join(notes)})" if notes else record.energy.quality
 
 
 _STYLE = (

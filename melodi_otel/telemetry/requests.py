@@ -24,12 +24,13 @@ from melodi_otel import semconv as names
 from melodi_otel.attribution.meter import Key, Meter, Share, current
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.clock import Clock
-from melodi_otel.instrumentation.seam import AttributeValue, Begin, End
+from melodi_otel.instrumentation.seam import AttributeValue, Begin, End, Origin
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Delivery
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.late import LateEnds
+from melodi_otel.telemetry.origins import here, within
 
 Labels = Callable[[Mapping[str, AttributeValue]], Mapping[str, str]]
 
@@ -100,12 +101,17 @@ class RequestCalls:
 
     def begin(self, begin: Begin) -> _Call:
         """Open the activity and start the span; whatever fails here, the caller gets a call that can be ended."""
-        call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
-        try:
-            call.start(self._tracer(), self._late(), self._identity, self._labels)
-        except Exception as error:
-            self.complain("begin", error)
+        with within(begin.origin):
+            call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
+            try:
+                call.start(self._tracer(), self._late(), self._identity, self._labels)
+            except Exception as error:
+                self.complain("begin", error)
         return call
+
+    def origin(self) -> Origin | None:
+        """The caller's OpenTelemetry context and its activity, or None where both are empty."""
+        return here()
 
     def drain(self, timeout_s: float = 5.0) -> bool:
         """Wait until every record whose joules are known has been observed; whether that was so in time."""
@@ -321,6 +327,7 @@ class _Call:
             sampled=bool(context and context.trace_flags.sampled),
             labels=self._labels,
             parent=self._parent,
+            compile_warmup=end.attributes.get(names.COMPILE_WARMUP) is True,
         )
 
 

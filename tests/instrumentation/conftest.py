@@ -139,10 +139,14 @@ class RecordingCalls:
         self.meter = RecordingMeter()
         self.made: list[Recorded] = []
         self._now = 1_000_000
+        self.here = None
 
     def now_ns(self):
         self._now += TICK_NS
         return self._now
+
+    def origin(self):
+        return self.here
 
     def begin(self, begin):
         call = Recorded(Key(self.group, f"r{len(self.made)}"), begin, self)

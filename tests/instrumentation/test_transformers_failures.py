@@ -146,7 +146,7 @@ def test_interrupted_draft(instrumented, llama):
             logits_processor=transformers.LogitsProcessorList([Stop()]),
         )
     call = instrumented.only
-    drafts = call.begin.probe.__self__._steps.drafts
+    drafts = call.begin.probe.__self__._loops[0].steps.drafts
     assert len(drafts) == len(call.steps) + 1
     assert call.ended.output_tokens == drafts[-1][0] - 4
 

@@ -12,7 +12,7 @@ import transformers
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.instrumentation.transformers.arguments import Arguments
 from melodi_otel.instrumentation.transformers.request import request_of
-from melodi_otel.instrumentation.transformers.steps import Steps
+from melodi_otel.instrumentation.transformers.steps import Lane, Steps
 from melodi_otel.testing import tiny_model
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
@@ -114,7 +114,7 @@ def test_assisted_by_itself(instrumented, llama):
     call = instrumented.only
     assert call.ended.output_tokens == 12
     assert 1 < len(call.steps) < 12
-    assert call.steps[1].computed[0].context == 4 + call.begin.probe.__self__._steps.drafts[0][1]
+    assert call.steps[1].computed[0].context == 4 + call.begin.probe.__self__._loops[0].steps.drafts[0][1]
 
 
 def test_prompt_lookup(instrumented, llama):
@@ -175,9 +175,9 @@ def steps_of(given, **options):
 def test_probe_does_not_wait(calls):
     """A probe during another hand-over says the tokens and hands nothing over."""
     steps = steps_of(PROMPT)
-    steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
+    steps.report_to(calls.meter, EngineId("g", 0), Lane(0), (), ("a",))
     steps.ticks.extend([10, 20, 30])
-    with steps._lock:
+    with steps._lane.lock:
         assert steps.probe() == 2
     assert calls.meter.steps == []
     steps.close()
@@ -188,7 +188,7 @@ def test_probe_does_not_wait(calls):
 def test_nothing_after_the_last_probe(calls):
     """The probe that follows the close hands over what is left; after it no step comes, whoever asks."""
     steps = steps_of(PROMPT)
-    steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
+    steps.report_to(calls.meter, EngineId("g", 0), Lane(0), (), ("a",))
     steps.ticks.extend([10, 20])
     steps.close()
     assert calls.meter.steps == []
@@ -201,7 +201,7 @@ def test_nothing_after_the_last_probe(calls):
 def test_two_threads_hand_over_once(calls):
     """However two threads interleave, every step comes once and in order."""
     steps = steps_of(PROMPT)
-    steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
+    steps.report_to(calls.meter, EngineId("g", 0), Lane(0), (), ("a",))
     steps.ticks.append(0)
     stop = threading.Event()
 
@@ -223,7 +223,7 @@ def test_two_threads_hand_over_once(calls):
 def test_unknown_prompt(calls):
     """Where the prompt's tokens are not known, no step is invented."""
     steps = steps_of(None, input_features=torch.zeros(1, 80, 30))
-    steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
+    steps.report_to(calls.meter, EngineId("g", 0), Lane(0), (), ("a",))
     steps.ticks.extend([10, 20])
     assert steps.probe() == 1
     steps.close()
@@ -237,7 +237,7 @@ def test_counts_that_arrive_late(calls):
     steps.prompt.pending = (torch.tensor([4]), torch.tensor([3]))
     steps.prompt.tokens = steps.prompt.computed = None
     steps.prompt.early = True
-    steps.report_to(calls.meter, EngineId("g", 0), 0, (), ("a",))
+    steps.report_to(calls.meter, EngineId("g", 0), Lane(0), (), ("a",))
     steps.ticks.append(10)
     steps.probe()
     assert steps.prompt.tokens is None

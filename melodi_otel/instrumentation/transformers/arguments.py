@@ -37,12 +37,15 @@ class Arguments:
     Args:
         model: the object ``generate`` was called on.
         args, kwargs: what it was called with.
+        names: of the positional parameters after ``self``; those of transformers' own ``generate`` by default.
     """
 
     __slots__ = ("_configs", "_given", "_inherits", "_model")
 
-    def __init__(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._given: dict[str, Any] = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+    def __init__(
+        self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str] = POSITIONAL
+    ) -> None:
+        self._given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self._model = model
         own, models = self._given.get("generation_config"), getattr(model, "generation_config", None)
         self._configs = tuple((config, born_with(config.__class__)) for config in (own, models) if config is not None)
@@ -90,6 +93,21 @@ class Arguments:
     def paged(self) -> bool:
         """Whether transformers hands this call to continuous batching, which has no step clock."""
         return self.get("cache_implementation") == "paged"
+
+    @property
+    def features(self) -> Any:
+        """What the model is given instead of tokens: sound, pictures, patches; None where that is nothing."""
+        main = getattr(self._model, "main_input_name", None)
+        names = ("inputs", "input_features", "input_values", "pixel_values")
+        for name in (*names, main) if isinstance(main, str) else names:
+            if hasattr(found := self._given.get(name), "dim"):
+                return found
+        return None
+
+    @property
+    def delegated(self) -> bool:
+        """Whether a function of a repository takes the whole call, which may call the model in any way."""
+        return isinstance(self.get("custom_generate"), str)
 
     @property
     def custom(self) -> bool:

@@ -71,7 +71,7 @@ def prompt_of(given: Arguments, *, encoder_decoder: bool) -> Prompt:
 
     By the attention mask; without one by the ids that are not padding, as transformers itself would infer; else by shape.
     """
-    ids, embeds, mask = _ids(given), given.get("inputs_embeds"), given.get("attention_mask")
+    ids, embeds, mask = ids_of(given), given.get("inputs_embeds"), given.get("attention_mask")
     source = embeds if embeds is not None and (ids is None or ids.shape[1] == 0) else ids
     if source is None:
         return _without_tokens(given, encoder_decoder)
@@ -118,7 +118,8 @@ def _whole(counts: Tensor) -> list[int]:
     return [int(count) for count in counts.tolist()]
 
 
-def _ids(given: Arguments) -> Tensor | None:
+def ids_of(given: Arguments) -> Tensor | None:
+    """The ids given as rows of tokens, or None."""
     for name in ("input_ids", "inputs"):
         ids = given.get(name)
         if ids is not None and hasattr(ids, "dim") and not ids.is_floating_point():
@@ -136,14 +137,10 @@ def _padding(given: Arguments) -> int | None:
 
 
 def _without_tokens(given: Arguments, encoder_decoder: bool) -> Prompt:
-    for name in ("inputs", "input_features", "input_values", "pixel_values"):
-        if (features := given.get(name)) is not None:
-            prompt = Prompt(
-                int(features.shape[0]), 0
-            )  # sound or pictures: how many tokens they are, only the model knows
-            break
-    else:
-        prompt = Prompt(1, 1, 1, [1], [1])  # nothing given: transformers starts from one beginning-of-sequence token
+    features = given.features
+    # Sound or pictures: how many tokens they are, only the model knows. Nothing: transformers starts from one
+    # beginning-of-sequence token.
+    prompt = Prompt(1, 1, 1, [1], [1]) if features is None else Prompt(int(features.shape[0]), 0)
     if encoder_decoder:
         _decoder(prompt, given)
     return prompt

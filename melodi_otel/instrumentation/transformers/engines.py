@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, ref
 
 from melodi_otel.attribution.meter import EngineId, Meter
 from melodi_otel.instrumentation.seam import Calls
+from melodi_otel.instrumentation.transformers.parallel import spread
 
 log = logging.getLogger("melodi_otel")
 
@@ -86,8 +87,10 @@ class Engines:
             engine = self._engines[model] = Engine(chosen, model, meter)
             engine.lanes = lanes
         try:
-            size = size_of(model)
-            meter.engine(engine.id, self._calls.now_ns(), "ready", model=engine.model, devices=engine.devices, **size)
+            facts = size_of(model)
+            if (world := spread(model)) is not None:
+                facts["world"] = world
+            meter.engine(engine.id, self._calls.now_ns(), "ready", model=engine.model, devices=engine.devices, **facts)
         except Exception:
             self._engines.pop(model, None)  # not declared: the next call tries again
             raise

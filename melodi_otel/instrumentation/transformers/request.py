@@ -21,6 +21,7 @@ class Request:
         returned: sequences that come back, in all.
         cache: whether keys and values are kept between steps.
         looped: whether transformers' own loop runs, which asks the step clock.
+        paged: whether continuous batching runs it.
         custom: whether somebody else's loop generates, whose result may be anything.
         may_end_early: whether a sequence can end before the others of its batch.
         may_be_padded: whether it can do so without an end token, and be padded then.
@@ -36,6 +37,7 @@ class Request:
     returned: int
     cache: bool
     looped: bool
+    paged: bool
     custom: bool
     may_end_early: bool
     may_be_padded: bool
@@ -46,10 +48,14 @@ class Request:
     attributes: Mapping[str, AttributeValue]
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the output of ``model`` starts anew, without the prompt."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def request_of(model: Any, given: Arguments) -> Request:
     """Read the arguments of a call on ``model``, before it runs."""
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    prompt = prompt_of(given, encoder_decoder=encoder_decoder)
+    prompt = prompt_of(given, encoder_decoder=is_encoder_decoder(model))
     choices = given.whole("num_return_sequences", 1)
     beams = given.whole("num_beams", 1)
     criteria = any(given.setting(name) for name in ("stopping_criteria", "stop_strings"))
@@ -60,6 +66,7 @@ def request_of(model: Any, given: Arguments) -> Request:
         returned=prompt.rows * choices,
         cache=given.setting("use_cache") is not False,
         looped=not given.paged and not given.custom,
+        paged=given.paged,
         custom=given.custom,
         may_end_early=bool(eos) or criteria,
         # a limit of tokens or time ends all sequences at once; beams may lack a candidate altogether

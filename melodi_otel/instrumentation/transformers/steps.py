@@ -24,11 +24,32 @@ from melodi_otel.instrumentation.transformers.request import Request
 _NONE: Final = Decode(0, 0)
 
 
-class Steps:
-    """What one call computes, step by step.
+class Lane:
+    """Where the steps of one call go, loop after loop.
 
     Args:
-        start_ns: begin of the call, monotonic.
+        number: its number at the engine.
+
+    Attributes:
+        seq: the number of its newest step.
+        members: the rows of the loop that stepped last.
+        lock: held by who hands over steps; every loop of the call asks for the same one, so their steps stay in order.
+    """
+
+    __slots__ = ("lock", "members", "number", "seq")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.seq = 0
+        self.members: tuple[str, ...] = ()
+        self.lock = threading.Lock()
+
+
+class Steps:
+    """What one run of the loop computes, step by step.
+
+    Args:
+        start_ns: begin of the run, monotonic.
         request: what was asked for.
 
     Attributes:
@@ -46,7 +67,6 @@ class Steps:
         "_devices",
         "_engine",
         "_lane",
-        "_lock",
         "_meter",
         "_over",
         "_returned",
@@ -68,13 +88,12 @@ class Steps:
         self._meter: Meter | None = None
         self._engine: EngineId | None = None
         self._devices: Sequence[str] | None = None
-        self._lane = 0
+        self._lane = Lane(0)
         self._children: tuple[str, ...] = ()
         self._context = 0
         self._sent = 0
         self._closed = False
         self._over = False
-        self._lock = threading.Lock()
 
     @property
     def rows(self) -> int:
@@ -82,7 +101,7 @@ class Steps:
         return self.prompt.rows * self._copies
 
     def report_to(
-        self, meter: Meter, engine: EngineId, lane: int, devices: Sequence[str] | None, children: Sequence[str]
+        self, meter: Meter, engine: EngineId, lane: Lane, devices: Sequence[str] | None, children: Sequence[str]
     ) -> None:
         """Name the receiver: from now on :meth:`hand_over` has somewhere to go. ``children`` has one id per row."""
         self._engine, self._devices, self._lane, self._children = engine, devices, lane, tuple(children)
@@ -110,17 +129,18 @@ class Steps:
 
     def probe(self) -> int:
         """Hand over what is new, unless another thread is at it, and say how many tokens there are."""
-        if self._lock.acquire(blocking=False):
+        lock = self._lane.lock
+        if lock.acquire(blocking=False):
             try:
                 over = self._over
                 self._hand_over(early=not over)
                 self._closed |= over
             finally:
-                self._lock.release()
+                lock.release()
         return self.output_tokens()
 
     def close(self) -> None:
-        """The call is over: the next probe hands over what is left, and the last one that does."""
+        """The run is over: the next probe hands over what is left, and the last one that does."""
         self._over = True
 
     def _hand_over(self, *, early: bool) -> None:
@@ -136,16 +156,20 @@ class Steps:
             t0_ns = self._start_ns if index == 1 else self.ticks[index - 1]
             t1_ns = self.ticks[index]
             self._sent = index
+            lane.seq = seq = lane.seq + 1
             if index > 2 and self._cache and not self.drafts:
                 # Nearly all steps are of this kind: the same rows, one token each.
                 decode = Decode(members, self._context + members * (index - 2))
-                step(engine, lane, index, t0_ns, t1_ns, devices, decode=decode)
+                step(engine, lane.number, seq, t0_ns, t1_ns, devices, decode=decode)
                 continue
             decode, prefill, verified, joined = self._work(index, prompt.tokens, prompt.computed)
+            left: tuple[str, ...] = ()
+            if index == 1:
+                left, lane.members = lane.members, self._children
             step(
                 engine,
-                lane,
-                index,
+                lane.number,
+                seq,
                 t0_ns,
                 t1_ns,
                 devices,
@@ -153,6 +177,7 @@ class Steps:
                 prefill=prefill,
                 computed=verified,
                 joined=joined,
+                left=left,
             )
 
     def _work(
