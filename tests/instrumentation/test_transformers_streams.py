@@ -23,7 +23,6 @@ def in_a_thread(model, **given):
     thread.join()
 
 
-
 def test_handed_over(instrumented, llama, tokenizer):
     """What the streamer's maker stood in comes with the call, whichever thread makes it."""
     instrumented.here = "request 1"
@@ -43,9 +42,7 @@ async def test_async_streamer(instrumented, llama, tokenizer):
     """The same with the streamer for asyncio."""
     instrumented.here = "request"
     streamer = AsyncTextIteratorStreamer(tokenizer)
-    thread = threading.Thread(
-        target=llama.generate, args=(PROMPT,), kwargs={"max_new_tokens": 2, "streamer": streamer}
-    )
+    thread = threading.Thread(target=llama.generate, args=(PROMPT,), kwargs={"max_new_tokens": 2, "streamer": streamer})
     thread.start()
     assert [piece async for piece in streamer]
     thread.join()
