@@ -267,6 +267,7 @@ class Runtime:
         while self.ledger.waiting() and time.monotonic() < end:
             self._moved.set()
             time.sleep(0.01)
+        self.ledger.join()  # the last request is finished a moment before its observers have heard of it
         return not self.ledger.waiting() and self.calls.drain(max(0.0, end - time.monotonic()))
 
     def force_flush(self, timeout: float = 5.0) -> bool:

@@ -71,7 +71,7 @@ def _ours():
         state["current activity"] = meter.current.get()
     for module, names in {
         "transformers.generation.utils": ("GenerationMixin.generate",),
-        "opentelemetry.trace": ("_TRACER_PROVIDER",),
+        "opentelemetry.trace": ("_TRACER_PROVIDER", "_set_tracer_provider"),
         "opentelemetry.metrics._internal": ("_METER_PROVIDER",),
         "opentelemetry.sdk.trace": ("TracerProvider.add_span_processor", "TracerProvider.__init__"),
     }.items():

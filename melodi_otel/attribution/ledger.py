@@ -293,6 +293,12 @@ class Ledger:
         """Requests that are closed and not settled yet."""
         return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._close)
 
+    def join(self) -> None:
+        """Wait for the settling that runs now, and so for whoever listens to what it finishes."""
+        if threading.get_ident() != self._settling:
+            with self._lock:
+                pass
+
     def _close(self, key: Key, *rest: Any) -> None:
         # The last probe hands over the steps that are left, and then the close takes effect.
         self._core.last_probe(key)

@@ -1,4 +1,4 @@
-"""A user's program that generates before, in and after a child process: ``children.py fork|forkserver|spawn|subprocess|os.fork``."""
+"""A user's program that generates before, in and after a child: ``children.py fork|forkserver|spawn|subprocess|os.fork``."""
 
 from __future__ import annotations
 
