@@ -107,11 +107,13 @@ class Runtime:
         self._readings = Readings(self.ledger, self._devices, self._moved.set, self.clock)
         self._environ = environ
         self._stale = later
+        self._child = False
         self._complete = threading.Event()
         self._process = ProcessClock(config.procfs_root)
         self.sampler = self._make_sampler()
         if not later:
             self._find()
+            self._complete.set()
         self._publisher = Publisher()
         if tracers is None:
             deferral = Deferral(
@@ -227,7 +229,7 @@ class Runtime:
 
     def wait_found(self, timeout: float) -> bool:
         """Wait until the meters of a runtime that was made with ``later`` are known; whether they are."""
-        return self._complete.wait(timeout)
+        return self._settler is None or self._complete.wait(timeout)
 
     def instrument_libraries(self, names: Collection[str] | None = None) -> None:
         """Patch supported engines, now or when they are imported.
@@ -282,8 +284,7 @@ class Runtime:
                 return
             self._started = False
         self.uninstrument_libraries()
-        if self._settler is not None:
-            self.wait_found(timeout)
+        self.wait_found(timeout)
         self.wait_settled(timeout)
         self.sampler.stop()
         self._stop_settling()
@@ -332,7 +333,6 @@ class Runtime:
             if self.config.span_wait is None:
                 self._span_wait_s = max((wait_s(device) for device in self._found.values()), default=1.0)
         self.sampler = self._make_sampler()
-        self._complete.set()
 
     def _find_later(self) -> None:
         """On the settle thread: the meters of a runtime that was made with ``later``, or a forked child's own.
@@ -341,21 +341,21 @@ class Runtime:
         """
         self._stale = False
         self._process = ProcessClock(self.config.procfs_root)
-        first = not self._complete.is_set()
         try:
             self._find()
-            if first:
+            if not self._child:
                 self._open_recorder()
                 self._tell()
         except ConfigError as error:
             log.error("melodi_otel: %s", error)
         except Exception:
             log.warning("melodi_otel: no meter can be used; requests go without joules", exc_info=True)
+        try:
+            if self.discovery.sources and not self._stopping:
+                self.sampler.start()
+                self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
         finally:
             self._complete.set()
-        if self.discovery.sources and self._started and not self._stopping:
-            self.sampler.start()
-            self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
 
     def _tell(self) -> None:
         # Without any meter the line says which variable would help, and is worth being seen.
@@ -409,9 +409,8 @@ class Runtime:
         self._lock = threading.Lock()
         self._moved = threading.Event()
         self._readings.forked(self._moved.set)
-        known, self._complete = self._complete.is_set(), threading.Event()
-        if known:
-            self._complete.set()
+        self._complete = threading.Event()
+        self._child = True
         self._settler = None
         self._stale = True
         # Copies of descriptors would keep files open for as long as the child lives, whether it meters or not.
