@@ -17,7 +17,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, need: Callable[..., None]) -> None:
     """It ends well and prints joules."""
-    need("torch")
+    need("torch", "fastapi")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
     env |= {"MELODI_SOURCES": "estimate", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
