@@ -11,6 +11,8 @@ Importing starts nothing; names are loaded on first use. The rooms, in the direc
     results          joules in a variable
     trace            record and replay
     runtime          the composition root: the only module that imports every room
+    program          the program's own runtime, and what users call
+    standby          before a program runs a model; zero_code: how opentelemetry-instrument finds us
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from melodi_otel.config import Config
+    from melodi_otel.program import instrument, last, measure, recent, uninstrument
     from melodi_otel.results import Measurement, Results
-    from melodi_otel.runtime import instrument, last, measure, recent, uninstrument
 
 __version__: Final = "0.1.0"
 
@@ -29,11 +31,11 @@ _HOME: Final = {
     "Config": "config",
     "Measurement": "results",
     "Results": "results",
-    "instrument": "runtime",
-    "last": "runtime",
-    "measure": "runtime",
-    "recent": "runtime",
-    "uninstrument": "runtime",
+    "instrument": "program",
+    "last": "program",
+    "measure": "program",
+    "recent": "program",
+    "uninstrument": "program",
 }
 
 __all__ = ["Config", "Measurement", "Results", "__version__", "instrument", "last", "measure", "recent", "uninstrument"]
@@ -54,4 +56,4 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """``%load_ext melodi_otel``: adds the magic ``%%joules``."""
-    import_module("melodi_otel.runtime").load_ipython_extension(ipython)
+    import_module("melodi_otel.program").load_ipython_extension(ipython)

@@ -284,7 +284,13 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_ENERGY_BUDGET": Variable("energy_budget", _number(0), "J per 1,000 tokens", "Published as a gauge."),
 }
 
-INTERNAL: Final = frozenset({"MELODI_GROUP_TOKEN", "MELODI_FAKE_NVML_STATE"})
+GROUP_VARIABLE: Final = "MELODI_GROUP_TOKEN"
+"""The token of a group of processes: the first one makes it, its children inherit it."""
+
+SERVER_VARIABLE: Final = "MELODI_METRICS_SERVER"
+"""``PID@HOST:PORT`` of the process that serves metrics; its children leave that address to it."""
+
+INTERNAL: Final = frozenset({GROUP_VARIABLE, SERVER_VARIABLE, "MELODI_FAKE_NVML_STATE"})
 """Names that processes of this project and its test kit hand to their children; not for users."""
 
 

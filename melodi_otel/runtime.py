@@ -1,21 +1,20 @@
 """The composition root: the only module that imports every room and knows how they fit together.
 
 :class:`Runtime` builds the meter of one process (sources -> sampler -> ledger -> spans, metrics, results) and owns its threads.
-:func:`instrument` starts one for the program; :func:`measure`, :func:`last` and :func:`recent` speak to it.
+The program's own one, and the functions that users call, are in :mod:`melodi_otel.program`.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from melodi_otel import semconv
 from melodi_otel.attribution.books import Snapshot, Who
@@ -24,21 +23,19 @@ from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Meter, Reason
 from melodi_otel.attribution.record import Observer
 from melodi_otel.clock import Clock, SystemClock
-from melodi_otel.config import Config
+from melodi_otel.config import GROUP_VARIABLE, Config
 from melodi_otel.devices import Device
 from melodi_otel.errors import ConfigError
 from melodi_otel.instrumentation.asgi import AsgiInstrumentor
+from melodi_otel.instrumentation.seam import Library
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
 from melodi_otel.processes import ProcessClock
 from melodi_otel.publishing import Publisher
 from melodi_otel.readings import Readings
 from melodi_otel.results.measure import Measurement
-from melodi_otel.results.notebook import load_ipython_extension as _load_magic
 from melodi_otel.results.store import Store
-from melodi_otel.results.table import Results
-from melodi_otel.results.terminal import print_summary
 from melodi_otel.sampler import Sampler
-from melodi_otel.sources.base import Discovery, Settings
+from melodi_otel.sources.base import Discovery, Forkable, Settings
 from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.detector import host_resource
@@ -46,15 +43,17 @@ from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Views
-from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline, TracerSeam
+from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
 from melodi_otel.telemetry.requests import RequestCalls
+from melodi_otel.telemetry.tracers import TracerSeam
 from melodi_otel.telemetry.whose import Whose
 from melodi_otel.trace.record import Recorder
 
 log = logging.getLogger("melodi_otel")
 
-GROUP_VARIABLE: Final = "MELODI_GROUP_TOKEN"
-_EXIT_WAIT_S: Final = 2.0
+EXIT_WAIT_S: Final = 2.0
+_SPAN_WAIT_S: Final = 5.0
+"""While the meters are being looked for, a span waits as long as the slowest of them would ask for."""
 
 
 class Runtime:
@@ -65,6 +64,9 @@ class Runtime:
         clock: its time.
         environ: where ``OTEL_*``, ``CUDA_VISIBLE_DEVICES`` and the group token are looked up.
         tracer_provider, meter_provider: use these instead of the global ones.
+        tracers: the seam of spans, where one is there already.
+        later: look for meters on the settle thread, which :meth:`start` starts, instead of now: a driver may take seconds,
+            and whoever imports an engine shall not wait for it. Requests that begin meanwhile are measured from then on.
 
     Raises:
         ConfigError: a configured value cannot be used.
@@ -78,42 +80,51 @@ class Runtime:
         environ: Mapping[str, str] = os.environ,
         tracer_provider: object = None,
         meter_provider: object = None,
+        tracers: TracerSeam | None = None,
+        later: bool = False,
     ) -> None:
         self.config = config
         self.clock: Clock = clock or SystemClock()
         self.group = environ.get(GROUP_VARIABLE) or secrets.token_hex(8)
         self.store = Store()
         whose = Whose(config)
-        self.discovery: Discovery = discover(_settings(config, self.clock, environ), config.sources)
-        self._devices = MappingProxyType({device.id: _with_idle(device, config) for device in self.discovery.devices})
-        host = tuple(device.id for device in self._devices.values() if device.type in ("cpu", "memory"))
-        resource = host_resource(config, environ, *gpus_of(self.discovery))
-        service = _service(resource.attributes.get(semconv.SERVICE_NAME))
-        namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
         self._metric_labels = whose.metric
-        self._host = host
+        self.discovery = Discovery()
+        self._found: dict[str, Device] = {}
+        self._devices = MappingProxyType(self._found)
+        self._host: list[str] = []
+        self._span_wait_s = _SPAN_WAIT_S if config.span_wait is None else config.span_wait
         self._recorder: Recorder | None = None
         self.ledger = Ledger(
             policy=config.static_policy,
-            host_devices=host,
+            host_devices=self._host,
             engine_devices=config.engine_devices,
             who=self._who,
             watch=self._watch,
         )
-        for device in self._devices.values():
-            self.ledger.device(device)
         self._moved = threading.Event()
         self._readings = Readings(self.ledger, self._devices, self._moved.set, self.clock)
         self._environ = environ
-        self._stale = False
+        self._stale = later
+        self._child = False
+        self._complete = threading.Event()
         self._process = ProcessClock(config.procfs_root)
         self.sampler = self._make_sampler()
+        if not later:
+            self._find()
+            self._complete.set()
+        resource = host_resource(config, environ, *gpus_of(self.discovery))
+        service = _service(resource.attributes.get(semconv.SERVICE_NAME))
+        namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
         self._publisher = Publisher()
-        longest = max((wait_s(device) for device in self._devices.values()), default=1.0)
-        span_wait_s = longest if config.span_wait is None else config.span_wait
-        self._deferral = Deferral(
-            self.clock, wait_s=lambda: span_wait_s, limit=config.span_limit, devices=self.devices, why=self._why
-        )
+        if tracers is None:
+            deferral = Deferral(
+                self.clock, wait_s=self.span_wait_s, limit=config.span_limit, devices=self.devices, why=self.why
+            )
+            tracers = TracerSeam(deferral, environ, given=tracer_provider)
+        tracers.resource = resource
+        self._tracers = tracers
+        self._deferral = tracers.deferral
         identity = ((semconv.SERVICE_NAME, service), (semconv.SERVICE_NAMESPACE, namespace))
         views = Views(
             snapshot=self.snapshot,
@@ -126,7 +137,6 @@ class Runtime:
             metric_labels=config.metric_labels,
             clip=self._metric_labels.clip,
         )
-        self._tracers = TracerSeam(self._deferral, environ, resource, tracer_provider)
         self._meters = MeterSeam(views, environ, resource, meter_provider)
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
@@ -145,25 +155,26 @@ class Runtime:
             service=service,
             namespace=namespace,
             labels=labels,
+            late=self._tracers.late,
         )
+        foreign = None
         if config.foreign_spans != "off":
-            self._deferral.watch(
-                ForeignSpans(
-                    self.ledger,
-                    self.group,
-                    self.calls.lineage,
-                    self.calls.reports,
-                    self._monotonic_ns,
-                    owning=config.foreign_spans == "on",
-                    local_providers=config.local_providers,
-                    identity=views.identity,
-                    labels=labels,
-                )
+            foreign = ForeignSpans(
+                self.ledger,
+                self.group,
+                self.calls.lineage,
+                self.calls.reports,
+                lambda wall_ns: self.sampler.wall.monotonic_ns(wall_ns),
+                owning=config.foreign_spans == "on",
+                local_providers=config.local_providers,
+                identity=views.identity,
+                labels=labels,
             )
-        self._libraries = [
-            TransformersInstrumentor(self.calls, environ),
-            AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
-        ]
+        self._deferral.watch(foreign)
+        self._libraries: dict[str, Library] = {
+            "transformers": TransformersInstrumentor(self.calls, environ),
+            "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
+        }
         self._lock = threading.Lock()
         self._settler: threading.Thread | None = None
         self._stopping = False
@@ -188,6 +199,20 @@ class Runtime:
         """The books as of the last settling."""
         return self.ledger.snapshot()
 
+    @property
+    def sharing(self) -> bool:
+        """Whether it looks things up in the environment that its children inherit."""
+        return self._environ is os.environ
+
+    @property
+    def working(self) -> bool:
+        """Whether this process settles requests: a forked child does so from its first one on."""
+        return self._settler is not None
+
+    def span_wait_s(self) -> float:
+        """The longest time that a span waits for its joules, in seconds."""
+        return self._span_wait_s
+
     def start(self) -> None:
         """Start sampling, settling and, where asked for, the scrape endpoint; a second call does nothing.
 
@@ -197,36 +222,50 @@ class Runtime:
         with self._lock:
             if self._started:
                 return
-            if self.config.record:
-                self._recorder = _recorder(self.config.record, self._host)
-                self.ledger.tap(self._recorder.tap)
+            if not self._stale:
+                self._open_recorder()
             self._started = True
             self._stopping = False
-            # Without any meter the line says which variable would help, and is worth being seen.
-            log.log(logging.INFO if self.discovery.sources else logging.WARNING, "%s", describe(self.discovery))
+            if self.sharing:
+                os.environ.setdefault(GROUP_VARIABLE, self.group)
             if self.config.hub not in ("auto", "local"):
                 log.warning(
                     "MELODI_HUB=%s: there is no shared meter in this version; this process has its own", self.config.hub
                 )
             # Before the first request is traced, so that a provider that is there already is wrapped from its first span.
+            self._tracers.watch()
             self._tracers.tracer()
             self._meters.instruments()
+            if not self._stale:
+                self._tell()
             if self.discovery.sources:
                 # The first reading is a baseline: taken here, the first request is covered from its first instant.
                 self.sampler.tick()
             self._run_threads()
             if self._scrape is not None and self._endpoint is None:
-                self._endpoint = serve(self.config.metrics_addr, self._scrape.registry)
+                self._endpoint = serve(
+                    self.config.metrics_addr, self._scrape.registry, environ=os.environ if self.sharing else None
+                )
 
-    def instrument_libraries(self) -> None:
-        """Patch the supported engines, now or when they are imported."""
-        for library in self._libraries:
-            library.instrument()
+    def wait_found(self, timeout: float) -> bool:
+        """Wait until the meters of a runtime that was made with ``later`` are known; whether they are."""
+        return self._settler is None or self._complete.wait(timeout)
 
-    def uninstrument_libraries(self) -> None:
-        """Leave the engines as they were."""
-        for library in self._libraries:
-            library.uninstrument()
+    def instrument_libraries(self, names: Collection[str] | None = None) -> None:
+        """Patch supported engines, now or when they are imported.
+
+        Args:
+            names: which (a name that is not known does nothing); None: all.
+        """
+        for name, library in self._libraries.items():
+            if names is None or name in names:
+                library.instrument()
+
+    def uninstrument_libraries(self, names: Collection[str] | None = None) -> None:
+        """Leave the engines (None: all) as they were."""
+        for name, library in self._libraries.items():
+            if names is None or name in names:
+                library.uninstrument()
 
     def measured_between(self, t0_ns: int, t1_ns: int) -> Mapping[str, float | None]:
         """J that each whole device used in [t0, t1] (monotonic ns), whoever used them; None where that is not known."""
@@ -250,6 +289,7 @@ class Runtime:
         while self.ledger.waiting() and time.monotonic() < end:
             self._moved.set()
             time.sleep(0.01)
+        self.ledger.join()  # the last request is finished a moment before its observers have heard of it
         return not self.ledger.waiting() and self.calls.drain(max(0.0, end - time.monotonic()))
 
     def force_flush(self, timeout: float = 5.0) -> bool:
@@ -257,13 +297,14 @@ class Runtime:
         settled = self.wait_settled(timeout)
         return self._tracers.force_flush(timeout) and self._meters.force_flush(timeout) and settled
 
-    def shutdown(self, timeout: float = _EXIT_WAIT_S) -> None:
+    def shutdown(self, timeout: float = EXIT_WAIT_S) -> None:
         """Read the meters once more, settle what is covered, send it, and leave everything as it was found."""
         with self._lock:
             if not self._started:
                 return
             self._started = False
         self.uninstrument_libraries()
+        self.wait_found(timeout)
         self.wait_settled(timeout)
         self.sampler.stop()
         self._stop_settling()
@@ -282,11 +323,10 @@ class Runtime:
         self._process.close()
         for source in self.discovery.sources:
             source.close()
+        if self.sharing and os.environ.get(GROUP_VARIABLE) == self.group:
+            del os.environ[GROUP_VARIABLE]
 
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _monotonic_ns(self, wall_ns: int) -> int:
-        return self.sampler.wall.monotonic_ns(wall_ns)
 
     def _make_sampler(self) -> Sampler:
         return Sampler(
@@ -298,15 +338,53 @@ class Runtime:
             observe=self._sampled,
         )
 
-    def _renew_sources(self) -> None:
-        # In a forked child, on the settle thread: a driver's handles do not survive a fork, and opening them takes time.
+    def _find(self) -> None:
+        """Open the meters of this machine.
+
+        Raises:
+            ConfigError: a name in ``MELODI_SOURCES`` is no source.
+        """
+        self.discovery = discover(_settings(self.config, self.clock, self._environ), self.config.sources)
+        if not self._found:
+            self._found.update({device.id: _with_idle(device, self.config) for device in self.discovery.devices})
+            self._host += [device.id for device in self._found.values() if device.type in ("cpu", "memory")]
+            for device in reversed(self._found.values()):
+                self.ledger.device(device, ahead=True)  # before the requests that came meanwhile
+            if self.config.span_wait is None:
+                self._span_wait_s = max((wait_s(device) for device in self._found.values()), default=1.0)
+        self.sampler = self._make_sampler()
+
+    def _find_later(self) -> None:
+        """On the settle thread: the meters of a runtime that was made with ``later``, or a forked child's own.
+
+        A driver's handles do not survive a fork, and opening them takes time.
+        """
         self._stale = False
         self._process = ProcessClock(self.config.procfs_root)
-        found = discover(_settings(self.config, self.clock, self._environ), self.config.sources)
-        self.discovery = found
-        self.sampler = self._make_sampler()
-        self.sampler.start()
-        self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
+        try:
+            self._find()
+            if not self._child:
+                self._open_recorder()
+                self._tell()
+        except ConfigError as error:
+            log.error("melodi_otel: %s", error)
+        except Exception:
+            log.warning("melodi_otel: no meter can be used; requests go without joules", exc_info=True)
+        try:
+            if self.discovery.sources and not self._stopping:
+                self.sampler.start()
+                self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
+        finally:
+            self._complete.set()
+
+    def _tell(self) -> None:
+        # Without any meter the line says which variable would help, and is worth being seen.
+        log.log(logging.INFO if self.discovery.sources else logging.WARNING, "%s", describe(self.discovery))
+
+    def _open_recorder(self) -> None:
+        if self.config.record:
+            self._recorder = _recorder(self.config.record, self._host)
+            self.ledger.tap(self._recorder.tap)
 
     def _run_threads(self) -> None:
         if self.discovery.sources and not self._stale:
@@ -317,8 +395,9 @@ class Runtime:
 
     def _settle(self) -> None:
         if self._stale:
-            self._renew_sources()
+            self._find_later()
         while not self._stopping:
+            self._tracers.look()
             # Without a meter there is nothing to wait for but the requests themselves.
             idle = 1.0 if self.discovery.sources or not self.ledger.waiting() else 0.05
             self._moved.wait(idle)
@@ -351,9 +430,18 @@ class Runtime:
         self._moved = threading.Event()
         self._readings.forked(self._moved.set)
         self._metric_labels.forked()
+        self._complete = threading.Event()
+        self._child = True
         self._settler = None
         self._stale = True
-        self._recorder = None
+        # Copies of descriptors would keep files open for as long as the child lives, whether it meters or not.
+        self._process.close()
+        for source in self.discovery.sources:
+            if isinstance(source, Forkable):
+                source.forked()
+        if self._recorder is not None:
+            self._recorder.forked()
+            self._recorder = None
         self.ledger.tap(None)
         self.store.forked()
         self.ledger.reset()
@@ -372,112 +460,11 @@ class Runtime:
             self._metric_labels.clip(labels),
         )
 
-    def _why(self) -> Reason:
+    def why(self) -> Reason:
+        """The reason to give where a request has no share of any device."""
         return (
             "permission_denied" if any(r.state == "permission_denied" for r in self.discovery.refusals) else "no_source"
         )
-
-
-# --- the program's own runtime ---------------------------------------------------------------------------------------
-
-_lock = threading.RLock()
-_current: Runtime | None = None
-_console = False
-
-
-def instrument(
-    *,
-    config: Config | None = None,
-    console: bool | None = None,
-    tracer_provider: object = None,
-    meter_provider: object = None,
-) -> Runtime | None:
-    """Meter this program: every ``generate()`` gets a span with tokens and joules, metrics and a result.
-
-    Uses the application's tracer and meter provider where there is one, also if it is set later. Twice is once: the running
-    runtime is returned and later arguments change nothing.
-
-    Args:
-        config: what to do; None: from ``MELODI_*``.
-        console: print a summary when the program ends; None: as ``MELODI_CONSOLE`` says.
-        tracer_provider, meter_provider: use these instead of the global ones.
-
-    Returns:
-        The runtime, or None where ``MELODI_DISABLED=1`` turned everything off.
-
-    Raises:
-        ConfigError: a ``MELODI_*`` value cannot be used.
-    """
-    global _current, _console
-    with _lock:
-        if _current is not None:
-            return _current
-        settings = config or Config.from_env(os.environ)
-        if settings.disabled:
-            log.info("melodi_otel is off: MELODI_DISABLED=1")
-            return None
-        runtime = Runtime(settings, tracer_provider=tracer_provider, meter_provider=meter_provider)
-        runtime.start()
-        runtime.instrument_libraries()
-        _current = runtime
-        _console = settings.console if console is None else console
-        atexit.register(_at_exit)
-        return runtime
-
-
-def uninstrument() -> None:
-    """Stop metering, leave everything as it was; nothing happens where it does not run."""
-    global _current
-    with _lock:
-        runtime, _current = _current, None
-        atexit.unregister(_at_exit)
-    if runtime is not None:
-        runtime.shutdown()
-
-
-def running() -> Runtime | None:
-    """The program's runtime, or None."""
-    return _current
-
-
-def measure(name: str) -> Measurement:
-    """Joules of a block: ``with melodi_otel.measure("x") as m: …``, then ``m.joules``; starts metering if need be.
-
-    Also a decorator, and ``async with``. With ``MELODI_DISABLED=1`` every figure is None.
-    """
-    runtime = _current or instrument()
-    if runtime is not None:
-        return runtime.measure(name)
-    return Measurement(name, meter=None, clock=SystemClock(), devices=dict, group="disabled")
-
-
-def last() -> Results:
-    """The request (or measured block) that became final last, as a table of one row; empty where there is none."""
-    return recent(1)
-
-
-def recent(n: int | None = None) -> Results:
-    """The last ``n`` finished requests and blocks (None: all that are kept), oldest first."""
-    runtime = _current
-    if runtime is None:
-        return Results([])
-    runtime.wait_settled(_EXIT_WAIT_S)
-    return runtime.store.recent(n)
-
-
-def load_ipython_extension(ipython: Any) -> None:
-    """``%load_ext melodi_otel``."""
-    _load_magic(ipython, measure)
-
-
-def _at_exit() -> None:
-    runtime = _current
-    if runtime is None:
-        return
-    uninstrument()
-    # A helper process that ran no model has nothing to say.
-    if _console and runtime.store.total:
-        print_summary(runtime.store.recent(), runtime.snapshot(), runtime.devices())
 
 
 def _settings(config: Config, clock: Clock, environ: Mapping[str, str]) -> Settings:

@@ -78,7 +78,7 @@ def _ours():
             "ContinuousBatchProcessor.update_batch",
             "RequestState.__init__",
         ),
-        "opentelemetry.trace": ("_TRACER_PROVIDER",),
+        "opentelemetry.trace": ("_TRACER_PROVIDER", "_set_tracer_provider"),
         "opentelemetry.metrics._internal": ("_METER_PROVIDER",),
         "opentelemetry.sdk.trace": ("TracerProvider.add_span_processor", "TracerProvider.__init__"),
     }.items():

@@ -28,7 +28,7 @@ class Arrivals:
     """
 
     def __init__(
-        self, roster: Roster, accounts: Mapping[str, Account], model: CostModel, host_devices: tuple[str, ...]
+        self, roster: Roster, accounts: Mapping[str, Account], model: CostModel, host_devices: Sequence[str]
     ) -> None:
         self._roster = roster
         self._accounts = accounts

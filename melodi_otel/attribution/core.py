@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from melodi_otel.attribution.account import Account
@@ -38,7 +38,7 @@ class Core:
         self,
         policy: StaticPolicy,
         model: CostModel | None,
-        host_devices: tuple[str, ...],
+        host_devices: Sequence[str],
         patience_s: float | None,
         best: Tier | None,
         who: Callable[[str | None, Mapping[str, str]], Who] | None,

@@ -47,7 +47,8 @@ class Ledger:
     Args:
         policy: who pays idle power while requests run.
         model: where weights come from; None: :class:`melodi_otel.attribution.weights.Roofline`.
-        host_devices: ids of CPU packages and memory, which every request uses beside its accelerators. Empty in replay.
+        host_devices: ids of CPU packages and memory, which every request uses beside its accelerators. Empty in replay. It is
+            not copied: a list may be filled until the first :meth:`settle`.
         engine_devices: accelerators of every engine, whatever it says itself (``MELODI_ENGINE_DEVICES``); None: as it says.
         patience_s: how long a closed request waits for readings before it is settled with what is covered; None: until
             :meth:`flush`.
@@ -74,7 +75,7 @@ class Ledger:
         tap: Callable[[str, tuple[Any, ...]], None] | None = None,
         watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._make = lambda: Core(policy, model, tuple(host_devices), patience_s, best, who, finished, step_wait_s)
+        self._make = lambda: Core(policy, model, host_devices, patience_s, best, who, finished, step_wait_s)
         self._engine_devices = tuple(engine_devices) if engine_devices else None
         self._tap = tap
         self._watch = watch
@@ -104,10 +105,11 @@ class Ledger:
 
     # --- what the hardware says (called by the sampler's sink, or by replay) ---------------------------------------
 
-    def device(self, device: Device) -> None:
-        """Make a device known; its books start with its first reading."""
+    def device(self, device: Device, *, ahead: bool = False) -> None:
+        """Make a device known; its books start with its first reading. ``ahead``: before all that waits in the inbox."""
         self._devices.append(device)
-        self._inbox.append((self._core.device, (device,)))
+        put = self._inbox.appendleft if ahead else self._inbox.append
+        put((self._core.device, (device,)))
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None = None) -> None:
         """A cumulative reading in J."""
@@ -300,6 +302,12 @@ class Ledger:
     def waiting(self) -> int:
         """Requests that are closed and not settled yet."""
         return self._core.pending + sum(1 for call, _ in list(self._inbox) if call == self._close)
+
+    def join(self) -> None:
+        """Wait for the settling that runs now, and so for whoever listens to what it finishes."""
+        if threading.get_ident() != self._settling:
+            with self._lock:
+                pass
 
     def _close(self, key: Key, *rest: Any) -> None:
         # The last probe hands over the steps that are left, and then the close takes effect.

@@ -148,3 +148,15 @@ class Calls(Protocol):
     def begin(self, begin: Begin) -> OpenCall:
         """Open the activity and start the span. Never raises."""
         ...
+
+
+class Library(Protocol):
+    """The instrumentation of one library."""
+
+    def instrument(self) -> None:
+        """Patch it, now or when it is loaded; a second time changes nothing. Never raises."""
+        ...
+
+    def uninstrument(self) -> None:
+        """Leave it as it was."""
+        ...

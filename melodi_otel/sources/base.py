@@ -111,6 +111,15 @@ class StateSource(Source, Protocol):
     def states(self) -> Sequence[GpuState]: ...
 
 
+@runtime_checkable
+class Forkable(Protocol):
+    """A source with descriptors that a forked child should not keep."""
+
+    def forked(self) -> None:
+        """In a child: close the copies; quick, never raises, and drivers are left alone."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a meter is not used: for the log, ``doctor`` and ``melodi.energy.reason``."""

@@ -122,3 +122,5 @@ class EstimateSource:
     def close(self) -> None:
         """Give the descriptor back."""
         self._busy.close()
+
+    forked = close  # the copy of a child; the parent's stays open

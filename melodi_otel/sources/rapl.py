@@ -152,6 +152,8 @@ class RaplSource:
         for _, fd in zones:
             _close(fd)
 
+    forked = close  # the copies of a child; the parent's stay open
+
     def _read(self) -> list[CounterReading]:
         readings: list[CounterReading] = []
         if not self._zones:

@@ -41,6 +41,8 @@ _INFERENCE: Final = frozenset({"chat", "text_completion", "generate_content", "c
 _OPERATION: Final = {"completion": "text_completion", "embedding": "embeddings"}
 _OPENINFERENCE: Final = {"LLM": "chat", "EMBEDDING": "embeddings"}
 _VLLM: Final = "llm_request"
+_MAKERS: Final = re.compile(r"gen_?ai|llm|openai|ollama|anthropic|openlit|openinference|traceloop|langchain|litellm")
+"""In the scopes of instrumentations whose spans have no attributes of their kind when they begin."""
 _MAY_BE: Final = re.compile(r"^(?:gen_ai|llm|openinference|traceloop)\.", re.MULTILINE)
 
 
@@ -77,7 +79,7 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
         local_providers: providers whose spans without a server's address are work of another process on this host.
     """
     attributes = span.attributes or {}
-    if _MAY_BE.search("\n".join(attributes)) is None:
+    if not _named(attributes):
         return None  # nearly all spans of a program: one look at all the names
     found: dict[str, Any] = dict(attributes)
     role = _role(span.name, found)
@@ -111,6 +113,15 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
         error_type=(_text(found, names.ERROR_TYPE) or "_OTHER") if failed else None,
         finish_reasons=listed,
     )
+
+
+def may_be(span: ReadableSpan) -> bool:
+    """Whether a span, begun or ended, may be of a GenAI call: by its attributes, or by who makes it."""
+    return _named(span.attributes or {}) or _MAKERS.search(_scope(span)) is not None
+
+
+def _named(attributes: Mapping[str, Any]) -> bool:
+    return _MAY_BE.search("\n".join(attributes)) is not None
 
 
 def kind_of(span: ReadableSpan) -> tuple[str, str]:

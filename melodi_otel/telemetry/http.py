@@ -1,7 +1,9 @@
 """The scrape endpoint: ``/metrics`` on an address, by a daemon thread of our own.
 
 Without an address it takes the first free port from 9464 to 9473 on the loopback interface. An address that somebody chose
-is never moved: while it is taken there is one warning and a new try every 5 s. Nothing here raises into the host program.
+is never moved: while it is taken there is one warning and a new try every 5 s. A child of the process that serves there knows
+so from a variable that it inherits: it says nothing and leaves the address alone for as long as that process lives. Nothing
+here raises into the host program.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
@@ -20,6 +22,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from melodi_otel.config import SERVER_VARIABLE
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.forks import in_child
 
@@ -43,8 +46,15 @@ class Endpoint:
         bound: set once it is bound.
     """
 
-    def __init__(self, registry: CollectorRegistry, candidates: list[tuple[str, int]], retry_s: float) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        candidates: list[tuple[str, int]],
+        retry_s: float,
+        environ: MutableMapping[str, str] | None = None,
+    ) -> None:
         self._registry = registry
+        self._environ: MutableMapping[str, str] = {} if environ is None else environ
         self._candidates = candidates
         self._retry_s = retry_s
         self._server: _Server | None = None
@@ -67,7 +77,11 @@ class Endpoint:
 
     def start(self) -> None:
         """Bind now if that works, else keep trying on the thread; serve until :meth:`close`."""
-        error = self._bind()
+        error = None
+        if self._parent_serves():
+            log.info("metrics of this process are not on the page at %s: its parent serves there", self._address)
+        else:
+            error = self._bind()
         if error is not None:
             log.warning(
                 "metrics cannot be served on %s: %s; trying again every %g s",
@@ -93,6 +107,28 @@ class Endpoint:
             server.shutdown()
         thread.join(timeout=5.0)
         self.port = None
+        if self._environ.get(SERVER_VARIABLE, "").partition("@")[0] == str(os.getpid()):
+            del self._environ[SERVER_VARIABLE]
+
+    @property
+    def _address(self) -> str:
+        host, port = self._candidates[0]
+        return f"{host}:{port}"
+
+    def _parent_serves(self) -> bool:
+        """Whether a process that we descend from serves on our address, and lives."""
+        pid, _, address = self._environ.get(SERVER_VARIABLE, "").partition("@")
+        if len(self._candidates) > 1 or address != self._address or not pid.isdigit() or int(pid) == os.getpid():
+            return False
+        if os.name != "posix":
+            return False
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass  # it lives, and belongs to somebody else
+        return True
 
     def _bind(self) -> OSError | None:
         error: OSError | None = None
@@ -104,6 +140,7 @@ class Endpoint:
                 continue
             self.port = int(server.server_address[1])
             self._server = server
+            self._environ[SERVER_VARIABLE] = f"{os.getpid()}@{host}:{self.port}"
             self.bound.set()
             if port not in (0, self._candidates[0][1]):
                 log.info("port %d is taken; metrics are served on %s", self._candidates[0][1], self.url)
@@ -117,7 +154,8 @@ class Endpoint:
             with self._lock:
                 if self._closing.is_set():
                     return
-                self._bind()
+                if not self._parent_serves():
+                    self._bind()
         server = self._server
         try:
             server.serve_forever()
@@ -132,13 +170,20 @@ class Endpoint:
                 server.socket.close()
 
 
-def serve(address: str | None, registry: CollectorRegistry, *, retry_s: float = RETRY_S) -> Endpoint:
+def serve(
+    address: str | None,
+    registry: CollectorRegistry,
+    *,
+    retry_s: float = RETRY_S,
+    environ: MutableMapping[str, str] | None = None,
+) -> Endpoint:
     """Serve ``registry``.
 
     Args:
         address: ``HOST:PORT`` (port 0: any free one), or None for the first free default port on the loopback.
         registry: what to show.
         retry_s: seconds between tries while the address is taken.
+        environ: what children inherit: there they are told who serves, and there we look whether a parent does; None: neither.
 
     Raises:
         ValueError: ``address`` is no HOST:PORT.
@@ -150,7 +195,7 @@ def serve(address: str | None, registry: CollectorRegistry, *, retry_s: float = 
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{address!r} is no HOST:PORT")
         candidates = [(host.strip("[]"), int(port))]
-    endpoint = Endpoint(registry, candidates, retry_s)
+    endpoint = Endpoint(registry, candidates, retry_s, environ)
     endpoint.start()
     return endpoint
 

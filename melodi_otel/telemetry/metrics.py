@@ -26,6 +26,7 @@ from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.books import SteadyBooks
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import SpanCounts
+from melodi_otel.telemetry.forks import in_child
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,13 @@ class Instruments:
         self._per_token = sdk.histogram(meter, metrics.TIME_PER_OUTPUT_TOKEN)
         self._sampler = sdk.histogram(meter, metrics.SAMPLER_DURATION)
         self._exemplars = sdk.keeps_exemplars(self._request_energy)
+        in_child(self._forked)
+
+    def _forked(self) -> None:
+        # What was counted before the fork is the parent's: shown by both it would be twice what was used.
+        self._lock = threading.Lock()
+        if self._views is not None:
+            self._lines = SteadyBooks(self._views.snapshot)
 
     def rebind(self, views: Views | None) -> None:
         """Read elsewhere from now on; None: observe and record nothing any more."""

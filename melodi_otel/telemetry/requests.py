@@ -29,6 +29,7 @@ from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Reports
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.late import LateEnds
 from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 from melodi_otel.telemetry.origins import here, within
 
@@ -56,6 +57,7 @@ class RequestCalls:
         lineage: where spans around a request learn of it.
         service, namespace: the service identity that metrics carry, or None.
         labels: finds the configured labels of a request, or None.
+        late: who ends the spans of ``tracer`` when their joules are there; None: their processors wait for them.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RequestCalls:
         service: str | None = None,
         namespace: str | None = None,
         labels: Labels | None = None,
+        late: Callable[[], LateEnds | None] = lambda: None,
     ) -> None:
         self._meter = meter
         self._group = group
@@ -78,6 +81,7 @@ class RequestCalls:
         # Not a method: the step clock asks once per token.
         self.now_ns: Callable[[], int] = clock.monotonic_ns
         self._tracer = tracer
+        self._late = late
         self.deferral: Final = deferral
         self.reports: Final = Reports(observers, deferral.settle)
         self.lineage: Final = lineage or Lineage()
@@ -111,7 +115,7 @@ class RequestCalls:
         with within(begin.origin):
             call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
             try:
-                call.start(self._tracer(), self._identity, self._labels)
+                call.start(self._tracer(), self._late(), self._identity, self._labels)
             except Exception as error:
                 self.complain("begin", error)
         return call
@@ -143,7 +147,8 @@ class _Call:
     """One request in flight, see :class:`~melodi_otel.instrumentation.seam.OpenCall`."""
 
     __slots__ = (
-        "_begin", "_calls", "_context", "_ended", "_labels", "_opened", "_parent", "_seen", "_span", "_wall_ns", "children",
+        "_begin", "_calls", "_context", "_ended", "_labels", "_late", "_opened", "_parent", "_seen", "_span", "_wall_ns",
+        "children",
         "key",
     )  # fmt: skip
 
@@ -155,6 +160,7 @@ class _Call:
         self._parent = current.get()
         self._span: Span | None = None
         self._seen: Request | None = None
+        self._late: LateEnds | None = None
         self._context: Context | None = None
         self._labels: Mapping[str, str] = {}
         self._opened = False
@@ -162,8 +168,9 @@ class _Call:
         clock = calls.clock
         self._wall_ns = clock.wall_ns() - (clock.monotonic_ns() - begin.start_ns)
 
-    def start(self, tracer: Tracer, identity: Mapping[str, str], labels: Labels | None) -> None:
+    def start(self, tracer: Tracer, late: LateEnds | None, identity: Mapping[str, str], labels: Labels | None) -> None:
         begin = self._begin
+        self._late = late
         attributes: dict[str, AttributeValue] = {
             names.GEN_AI_OPERATION: begin.operation,
             names.GEN_AI_PROVIDER: begin.provider,
@@ -267,15 +274,20 @@ class _Call:
             return
         deferral = self._calls.deferral
         span_id = span.get_span_context().span_id
+        entry = Entry(future, owner=self.children == 0)
         try:
             span.set_attributes(self._outcome(end))
             if end.error is not None:
                 span.set_status(Status(StatusCode.ERROR, str(end.error) or None))
-            deferral.register(span_id, Entry(future, owner=self.children == 0))
         except Exception as error:
             self._calls.complain("span", error)
-        finally:
+        if self._late is not None:
+            self._late.hold(span, end_time, entry, end.output_tokens)
+            return
+        deferral.register(span_id, entry)
+        try:
             span.end(end_time)
+        finally:
             deferral.forget(span_id)
 
     def _outcome(self, end: End) -> dict[str, AttributeValue]:

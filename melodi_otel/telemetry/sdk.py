@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
 
 from opentelemetry import metrics as api
 from opentelemetry.sdk import metrics as sdk
@@ -14,6 +14,7 @@ from opentelemetry.sdk.resources import Resource
 
 from melodi_otel import semconv_metrics
 from melodi_otel.semconv_metrics import Metric
+from melodi_otel.telemetry.wrapping import inside
 
 _KINDS: Final = (
     sdk.Counter,
@@ -80,3 +81,22 @@ def series_limit(reader: Callable[..., MetricReader] = MetricReader) -> dict[str
     """Arguments of a ``reader`` that keeps :data:`SERIES_LIMIT` series per metric; empty where the SDK has no limit."""
     limited = _takes(reader, "cardinality_limits")
     return {"cardinality_limits": dict.fromkeys(_KINDS, SERIES_LIMIT)} if limited else {}
+
+
+def forget(provider: object, scope: str) -> None:
+    """Drop what the instruments of ``scope`` have recorded on ``provider``: in a forked child, where it is the parent's.
+
+    Observed values are read anew; recorded ones stay in private storages of the readers, the same from 1.27 until now. Where
+    a version has none of that shape nothing is dropped.
+    """
+    consumer = inside(provider, lambda one: getattr(one, "_measurement_consumer", None), "get_meter")
+    storages: Any = getattr(consumer, "_reader_storages", None)
+    if not isinstance(storages, Mapping):
+        return
+    for storage in cast(Mapping[Any, Any], storages).values():
+        kept: Any = getattr(storage, "_instrument_view_instrument_matches", None)
+        if isinstance(kept, dict):
+            # Without the storage's lock: a thread that is not here may hold it. The next value makes a new entry.
+            for instrument in list(cast(dict[Any, Any], kept)):
+                if getattr(getattr(instrument, "instrumentation_scope", None), "name", None) == scope:
+                    del kept[instrument]

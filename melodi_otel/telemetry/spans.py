@@ -8,37 +8,28 @@ span once the joules are there, or after a bounded wait without them::
                        future    -> parked -> joules   -> next.on_end(span + melodi.energy.*)
                                            -> too late -> next.on_end(span + quality=unavailable, reason)
 
-The request's thread pays two dictionary entries; everything else happens on the processor's own daemon thread.
+The request's thread pays two dictionary entries; everything else happens on the thread of the :mod:`parking
+<melodi_otel.telemetry.parking>`.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
-import queue
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from contextvars import Context as Variables
+from contextvars import copy_context
 from typing import Final
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from melodi_otel import semconv as names
-from melodi_otel.attribution.meter import Reason
-from melodi_otel.attribution.summary import unavailable
+from melodi_otel.attribution.summary import Energy, unavailable
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import AttributeValue, Deferral, Entry, SpanCounts, energy_attributes
-from melodi_otel.telemetry.forks import in_child, weakly
+from melodi_otel.telemetry.parking import Parking
 
 __all__ = ["Deferral", "DeferringProcessor", "Entry", "SpanCounts", "energy_attributes", "enriched"]
-
-log = logging.getLogger("melodi_otel")
-
-_REASONS: Final[dict[str, Reason]] = {"late": "late", "flush": "late", "overflow": "overflow", "shutdown": "shutdown"}
 
 
 class _Enriched(ReadableSpan):
@@ -82,12 +73,7 @@ def enriched(span: ReadableSpan, more: Mapping[str, AttributeValue]) -> Readable
     return _Enriched(span, more)
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    span: ReadableSpan
-    entry: Entry
-    deadline_ns: int
-    cause: str = "late"
+_Ended = tuple[ReadableSpan, Variables]
 
 
 class DeferringProcessor(SpanProcessor):
@@ -102,26 +88,8 @@ class DeferringProcessor(SpanProcessor):
     def __init__(self, following: SpanProcessor, deferral: Deferral, *, threaded: bool = True) -> None:
         self.next: Final = following
         self._deferral = deferral
-        self._threaded = threaded
-        self._closed = False
         self._complain = Complaints("span processor")
-        self._start_over()
-        self._at_exit = weakly(self._drain_at_exit)
-        atexit.register(self._at_exit)
-        in_child(self._forked)
-
-    def _start_over(self) -> None:
-        # Re-entrant on purpose: the collector may run here and finalise a stream, which ends a span on this very thread.
-        self._lock = threading.RLock()
-        self._forwarding = threading.RLock()
-        self._parked: dict[_Waiting, None] = {}
-        self._ready: deque[_Waiting] = deque()
-        self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def _forked(self) -> None:
-        self._start_over()
-        self._deferral.forked()
+        self._parking: Parking[_Ended] = Parking(deferral, self._forward, self._complain, threaded=threaded)
 
     # --- what the SDK calls, on the application's threads ---
 
@@ -145,18 +113,19 @@ class DeferringProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         try:
-            entry = None if self._closed else self._deferral.find(span)
+            entry = None if self._parking.closed or _has_joules(span) else self._deferral.find(span)
         except Exception as error:
             self._complain("find", error)
             entry = None
-        if entry is None or not self._park(span, entry):
+        # What the next processor asks of its context (suppression, baggage) is asked of the one in which the span ended.
+        if entry is None or not self._parking.park((span, copy_context()), entry):
             self._hand_on(span)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Wait for what is parked, at most the bound of a span, forward it with or without joules, flush the next."""
         end = time.monotonic() + timeout_millis / 1000
         try:
-            flushed = self._drain("flush", end)
+            flushed = self._parking.drain("flush", end)
         except Exception as error:
             self._complain("force_flush", error)
             flushed = False
@@ -178,124 +147,24 @@ class DeferringProcessor(SpanProcessor):
 
     def release(self) -> None:
         """Stop holding spans back: forward what is parked and become a mere passage. The next processor lives on."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            thread = self._thread
-        atexit.unregister(self._at_exit)
-        try:
-            self._drain("shutdown", time.monotonic() + self._deferral.wait_s() + 5.0)
-        except Exception as error:
-            self._complain("shutdown", error)
-        self._signal.put(None)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=5.0)
+        self._parking.release()
 
     def pump(self) -> float | None:
         """Forward what is due; the seconds until something may be due next, None = nothing is parked."""
-        with self._lock:
-            now = self._deferral.clock.monotonic_ns()
-            while self._parked:
-                oldest = next(iter(self._parked))
-                if oldest.deadline_ns > now:
-                    break
-                self._make_ready(oldest, "late")
-        with self._forwarding:
-            while self._ready:
-                try:
-                    waiting = self._ready.popleft()
-                except IndexError:
-                    break
-                self._forward(waiting)
-        with self._lock:
-            if self._ready:
-                return 0.0
-            if not self._parked:
-                return None
-            due = next(iter(self._parked)).deadline_ns
-        return max(0.0, (due - self._deferral.clock.monotonic_ns()) / 1e9)
+        return self._parking.pump()
 
     # --- inside ---
 
-    def _park(self, span: ReadableSpan, entry: Entry) -> bool:
+    def _forward(self, ended: _Ended, entry: Entry, energy: Energy) -> None:
+        span, context = ended
         try:
-            deferral = self._deferral
-            deadline_ns = deferral.clock.monotonic_ns() + round(deferral.wait_s() * 1e9)
-            waiting = _Waiting(span, entry, deadline_ns)
-            with self._lock:
-                if self._closed:
-                    return False
-                if self._threaded and (self._thread is None or not self._thread.is_alive()):
-                    self._start()
-                first = not self._parked
-                self._parked[waiting] = None
-                deferral.parked(+1)
-                if len(self._parked) > deferral.limit:
-                    self._make_ready(next(iter(self._parked)), "overflow")
-        except Exception as error:
-            self._complain("park", error)
-            return False
-        entry.future.add_done_callback(lambda _: self._make_ready(waiting, "settled"))
-        if first:
-            self._signal.put(None)  # the thread sleeps without an end; it needs this deadline
-        return True
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, args=(self._signal,), name="melodi-otel-spans", daemon=True)
-        self._thread.start()
-
-    def _run(self, signal: queue.SimpleQueue[None]) -> None:
-        while signal is self._signal:
-            try:
-                wait_s = self.pump()
-            except Exception as error:
-                self._complain("pump", error)
-                wait_s = 1.0
-            if self._closed and wait_s is None:
-                return
-            try:
-                signal.get(timeout=wait_s)
-                while True:
-                    signal.get_nowait()
-            except queue.Empty:
-                pass
-
-    def _make_ready(self, waiting: _Waiting, cause: str) -> None:
-        with self._lock:
-            if waiting not in self._parked:
-                return
-            del self._parked[waiting]
-            waiting.cause = cause
-            dropped = self._ready.popleft() if len(self._ready) >= self._deferral.limit else None
-            self._ready.append(waiting)
-        self._deferral.parked(-1)
-        if dropped is not None:
-            # The next processor has been blocking for as long as it took to end `limit` spans: memory has a bound too.
-            self._deferral.counted("dropped")
-            if self._complain.first("dropped"):
-                log.warning("spans are dropped: the exporter blocks and %d spans wait behind it", self._deferral.limit)
-        self._signal.put(None)
-
-    def _forward(self, waiting: _Waiting) -> None:
-        outcome = waiting.cause
-        span = waiting.span
-        try:
-            entry = waiting.entry
-            if entry.future.done():
-                energy = self._deferral.settled(entry)
-                outcome = energy.quality
-            else:
-                energy = unavailable(_REASONS.get(outcome, "late"))
             tokens = (span.attributes or {}).get(names.GEN_AI_OUTPUT_TOKENS, entry.output_tokens)
             more = energy_attributes(energy, tokens if isinstance(tokens, int) else None, entry.owner)
             span = enriched(span, more)
         except Exception as error:
             self._complain("enrich", error)
-            outcome = "unavailable"
             span = enriched(span, energy_attributes(unavailable(None), None))
-        self._hand_on(span)
-        self._deferral.counted(outcome)
+        context.run(self._hand_on, span)
 
     def _hand_on(self, span: ReadableSpan) -> None:
         try:
@@ -303,25 +172,7 @@ class DeferringProcessor(SpanProcessor):
         except Exception as error:
             self._complain("on_end", error)
 
-    def _drain(self, cause: str, end: float) -> bool:
-        with self._lock:
-            parked = list(self._parked)
-        bound = min(self._deferral.wait_s(), max(0.0, end - time.monotonic()))
-        if parked and bound > 0:
-            wait_for({waiting.entry.future for waiting in parked}, timeout=bound)
-        for waiting in parked:
-            self._make_ready(waiting, cause)
-        if not self._forwarding.acquire(timeout=max(0.001, end - time.monotonic())):
-            return False
-        try:
-            self.pump()
-        finally:
-            self._forwarding.release()
-        return True
 
-    def _drain_at_exit(self) -> None:
-        # Runs before the handlers that were there when we were made, so also before the provider's own shutdown.
-        try:
-            self._drain("shutdown", time.monotonic() + self._deferral.wait_s() + 5.0)
-        except Exception as error:
-            self._complain("exit", error)
+def _has_joules(span: ReadableSpan) -> bool:
+    # Somebody's chain may contain a processor that we had wrapped before: what has waited once does not wait again.
+    return names.SCHEMA in (span.attributes or {})

@@ -14,8 +14,9 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Final
 
 import msgspec
 
@@ -27,6 +28,8 @@ from melodi_otel.trace import lines as form
 from melodi_otel.units import seconds
 
 log = logging.getLogger("melodi_otel")
+
+_BUFFER: Final = 1 << 16
 
 
 class Recorder:
@@ -41,7 +44,9 @@ class Recorder:
     """
 
     def __init__(self, path: str | Path, host_devices: Sequence[str] = ()) -> None:
-        self._file: BinaryIO | None = _own_file(Path(path))
+        # Unbuffered, with a buffer of our own: the lock of a buffered file may be held when the process forks.
+        self._file: FileIO | None = _own_file(Path(path))
+        self._buffer = bytearray()
         self._host = tuple(host_devices)
         self._counters: dict[str, tuple[Counter, float]] = {}
         self._lanes: dict[tuple[EngineId, int], Lane] = {}
@@ -75,8 +80,7 @@ class Recorder:
     def flush(self) -> None:
         """Hand what is buffered to the operating system."""
         try:
-            if self._file is not None:
-                self._file.flush()
+            self._write_out()
         except OSError as error:
             self._give_up(error)
 
@@ -87,6 +91,14 @@ class Recorder:
         if file is not None:
             file.close()
 
+    def forked(self) -> None:
+        """In a child: the parent goes on writing, and what its buffer held is not written a second time."""
+        file, self._file = self._file, None
+        self._buffer = bytearray()
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
     def _give_up(self, error: OSError) -> None:
         log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
         file, self._file = self._file, None
@@ -95,8 +107,15 @@ class Recorder:
                 file.close()
 
     def _line(self, line: msgspec.Struct) -> None:
-        if self._file is not None:
-            self._file.write(form.encode(line))
+        self._buffer += form.encode(line)
+        if len(self._buffer) >= _BUFFER:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        whole, self._buffer = self._buffer, bytearray()
+        rest = memoryview(whole)
+        while rest and self._file is not None:
+            rest = rest[self._file.write(rest) or 0 :]
 
     def _all(self, devices: Sequence[str] | None) -> list[str] | None:
         return None if devices is None else list(with_host(devices, self._host))
@@ -261,20 +280,20 @@ class Recorder:
         )
 
 
-def _own_file(path: Path) -> BinaryIO:
+def _own_file(path: Path) -> FileIO:
     # Opened without cutting it: a process that finds it in use must leave it as it is.
-    file = path.open("ab")
+    file = path.open("ab", buffering=0)
     if not _lock(file):
         file.close()
         path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
         log.info("another process records to the trace file; this one writes %s", path)
-        file = path.open("ab")
+        file = path.open("ab", buffering=0)
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.truncate(0)
     return file
 
 
-def _lock(file: BinaryIO) -> bool:
+def _lock(file: FileIO) -> bool:
     if sys.platform == "win32" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return True
     import fcntl

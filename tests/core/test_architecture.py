@@ -46,6 +46,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "dataset": {"attribution", "timeline", "trace"},
     "cli": ANY,
     "runtime": ANY,
+    "program": {"standby", "runtime", "results"},
+    "standby": {"telemetry.deferral", "telemetry.tracers", "instrumentation.loaded"},
+    "zero_code": {"program"},
     "publishing": set(),
     "readings": {"attribution", "timeline", "sources", "sampler", "telemetry"},
     "testing": ANY,
@@ -55,7 +58,7 @@ MAY_KNOW: dict[str, set[str]] = {
 by which a call is described to whoever plugs in, so it is telemetry's door as well."""
 
 ROOMS_OF: dict[str, set[str]] = {
-    "opentelemetry": {"telemetry", "instrumentation"},
+    "opentelemetry": {"telemetry", "instrumentation", "standby", "zero_code"},
     "prometheus_client": {"telemetry"},
     "google": {"telemetry"},
     "grpc": {"telemetry"},

@@ -16,7 +16,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
 import melodi_otel
-from melodi_otel import runtime as root
+from melodi_otel import program as root
 from melodi_otel.config import Config
 from melodi_otel.errors import ConfigError
 from melodi_otel.instrumentation.seam import Begin, End
@@ -184,6 +184,98 @@ def test_a_forked_child_has_its_own_books(config: Config) -> None:
     assert [record.output_tokens for record in runtime.store.recent()] == [1, 3]
     assert runtime._publisher() == publishes
     runtime.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_counts_from_zero(config: Config) -> None:
+    """What the parent had counted and recorded is not in the child's numbers, recorded and observed ones alike."""
+    reader = InMemoryMetricReader()
+    metrics = MeterProvider([reader], shutdown_on_exit=False)
+    runtime = Runtime(config, environ={}, meter_provider=metrics)
+    runtime.start()
+    for _ in range(7):
+        request(runtime, 1)
+    assert runtime.wait_settled(10.0)
+
+    def counted() -> dict[str, float]:
+        names = ("melodi.requests", "gen_ai.client.token.usage")
+        found = points(reader)
+        return {name: sum(point.value for point in found if point.name == name) for name in names}
+
+    assert counted() == {"melodi.requests": 7.0, "gen_ai.client.token.usage": 28.0}
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            request(runtime, 1)
+            runtime.wait_settled(10.0)
+            os.write(write, repr(counted()).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(read, 1000).decode()
+    os.close(read), os.close(write)
+    assert said == repr({"melodi.requests": 1.0, "gen_ai.client.token.usage": 4.0})
+    assert counted() == {"melodi.requests": 7.0, "gen_ai.client.token.usage": 28.0}
+    runtime.shutdown()
+    metrics.shutdown()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_keeps_no_descriptor(config: Config, tree: FakePowercap, tmp_path: Path) -> None:
+    """A child that runs no model has no counter of the machine open and writes nothing of the parent's trace."""
+    trace = tmp_path / "trace.jsonl"
+    runtime = Runtime(replace(config, record=str(trace)), environ={})
+    runtime.start()
+
+    def mine() -> list[str]:
+        links = [path for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        return sorted({str(path.readlink()) for path in links if str(path.readlink()).startswith(str(tmp_path))})
+
+    assert [Path(name).name for name in mine()] == ["energy_uj", "trace.jsonl"]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, repr(mine()).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1000).decode() == "[]"
+    os.close(read), os.close(write)
+    request(runtime)
+    assert runtime.wait_settled(10.0)
+    runtime.shutdown()
+    lines = trace.read_text().splitlines()
+    assert len([line for line in lines if '"kind":"device"' in line]) == 1
+    assert len([line for line in lines if '"kind":"close"' in line]) == 1
+
+
+def test_meters_found_later(config: Config, tree: FakePowercap) -> None:
+    """Where meters are looked for in the background, a request that began before is settled by them all the same."""
+    runtime = Runtime(config, environ={}, later=True)
+    assert not runtime.devices()
+    begin = Begin("chat", "transformers", "m", runtime.calls.now_ns(), prompt_tokens=3)
+    call = runtime.calls.begin(begin)
+    runtime.start()
+    assert runtime.wait_found(10.0)
+    assert list(runtime.devices()) == ["intel-rapl:0"]
+    call.end(End(runtime.calls.now_ns(), 5, "stop", ("stop",)))
+    assert runtime.wait_settled(10.0)
+    (record,) = runtime.store.recent()
+    assert [share.device for share in record.shares] == ["intel-rapl:0"]
+    runtime.shutdown()
+
+
+def test_one_library_by_name(config: Config) -> None:
+    """A name that this version does not know switches nothing on, and harms nothing."""
+    runtime = Runtime(config, environ={})
+    runtime.instrument_libraries(["asgi", "no such library"])
+    runtime.uninstrument_libraries(["no such library"])
+    runtime.instrument_libraries()
+    runtime.uninstrument_libraries()
 
 
 def test_running_is_told(program: None, config: Config) -> None:

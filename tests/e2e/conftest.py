@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
+
+from melodi_otel.testing.powercap import FakePowercap
+from melodi_otel.testing.telemetry import OtlpReceiver
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +30,133 @@ def need() -> Callable[..., None]:
             (pytest.fail if os.environ.get("CI") else pytest.skip)(f"not installed: {', '.join(missing)}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def peers_python() -> str:
+    """The interpreter of the environment with the instrumentations of others; PYTHONPATH is handed on to what it runs."""
+    python = Path(os.environ.get("MELODI_PEERS_PYTHON") or CHECKOUT / ".venv/peers/bin/python")
+    if not python.exists():
+        reason = f"{python} is not there: `scripts/venv peers torch` makes it"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return str(python)
+
+
+@pytest.fixture
+def live_package(tmp_path: Path) -> Iterator[Path]:
+    """The root of a sysfs whose one package uses 60 W in real time."""
+    tree = FakePowercap(tmp_path / "sys")
+    tree.package(0, watts=60.0)
+    with tree.live():
+        yield tree.root
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    """Where OTLP arrives."""
+    with OtlpReceiver() as made:
+        yield made
+
+
+@pytest.fixture
+def environment(live_package: Path) -> Callable[..., dict[str, str]]:
+    """``environment(receiver, NAME=value, …)``: this process's own, the fake package, and OTLP to ``receiver`` if given."""
+
+    def make(to: OtlpReceiver | None = None, **more: str) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
+        env |= {
+            "MELODI_SYSFS_ROOT": str(live_package),
+            "MELODI_NVML_LIBRARY": "/nowhere/libnvidia-ml.so.1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), env.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if to is not None:
+            env |= {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": to.http_endpoint,
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+                "OTEL_LOGS_EXPORTER": "none",
+                "OTEL_BSP_SCHEDULE_DELAY": "100",
+                "OTEL_SERVICE_NAME": "chat",
+            }
+        return env | more
+
+    return make
+
+
+@pytest.fixture
+def zero_code() -> list[str]:
+    """The words that run a program under ``opentelemetry-instrument``."""
+    tool = Path(sys.executable).with_name("opentelemetry-instrument")
+    if not tool.exists():
+        reason = "opentelemetry-instrument is not installed (opentelemetry-instrumentation)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return [str(tool)]
+
+
+class Server:
+    """A server in a process of its own, known by the address that it prints."""
+
+    def __init__(self, words: list[str], env: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(words, env=dict(env), stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        self._address = threading.Event()
+        self.url = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            if found := re.search(r"running on (http://[\d.:]+)", line):
+                self.url = found[1]
+                self._address.set()
+        self._address.set()
+
+    def ready(self) -> str:
+        """Its URL, as soon as it serves."""
+        assert self._address.wait(90)
+        assert self.url, self.output
+        return self.url
+
+    @property
+    def output(self) -> str:
+        return "".join(self.said)
+
+    def stop(self) -> int:
+        """Interrupt it; its exit code.
+
+        Raises:
+            TimeoutExpired: it did not end; it is killed.
+        """
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[list[str], Mapping[str, str]], Server]]:
+    """``serve(words, env)``: a :class:`Server` that does not outlive the test."""
+    made: list[Server] = []
+
+    def start(words: list[str], env: Mapping[str, str]) -> Server:
+        made.append(Server(words, env))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.kill()

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.attribution.summary import summarize
 from melodi_otel.devices import Device
-from melodi_otel.telemetry.deferral import Deferral
+from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.spans import DeferringProcessor
 from melodi_otel.testing.clock import ManualClock
 from melodi_otel.testing.telemetry import CapturedSpans
@@ -96,6 +96,22 @@ class FakeMeter:
         return [(args, more) for name, args, more in self.calls if name == what]
 
 
+class Knowing:
+    """Knows what others' spans wait for: all of them, or those of one name."""
+
+    def __init__(self, entry: Entry, name: str | None = None) -> None:
+        self.entry, self.name = entry, name
+        self.seen: list[str] = []
+
+    def started(self, span: ReadableSpan) -> None:
+        self.seen.append(span.name)
+
+    def ended(self, span: ReadableSpan) -> Entry | None:
+        return self.entry if self.name in (None, span.name) else None
+
+    def forked(self) -> None: ...
+
+
 class Rig:
     """A provider whose only processor defers in front of `captured`, pumped by hand."""
 
@@ -115,8 +131,10 @@ class Rig:
 
 @pytest.fixture
 def kit() -> SimpleNamespace:
-    """The helpers of this room: `share`, `record`, `Rig`, `FakeMeter`, `devices`."""
-    return SimpleNamespace(share=make_share, record=make_record, Rig=Rig, FakeMeter=FakeMeter, devices=DEVICES)
+    """The helpers of this room: `share`, `record`, `Rig`, `FakeMeter`, `Knowing`, `devices`."""
+    return SimpleNamespace(
+        share=make_share, record=make_record, Rig=Rig, FakeMeter=FakeMeter, Knowing=Knowing, devices=DEVICES
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from melodi_otel.config import SERVER_VARIABLE
 from melodi_otel.telemetry import http as endpoint_room
 from melodi_otel.telemetry.http import Endpoint, serve
 
@@ -204,3 +205,34 @@ def test_fork() -> None:
         timeout=60,
     )
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_child_leaves_the_address_to_its_parent(caplog: pytest.LogCaptureFixture) -> None:
+    """Who inherits that a living process serves on the address neither warns nor tries; when that process is gone it serves."""
+    caplog.set_level(logging.INFO, "melodi_otel")
+    environ: dict[str, str] = {}
+    parent = serve("127.0.0.1:0", CollectorRegistry(), environ=environ)
+    address = f"127.0.0.1:{parent.port}"
+    assert environ == {SERVER_VARIABLE: f"{os.getpid()}@{address}"}
+    # to a child, its parent's is the pid of another process: here that of the test's own parent, which lives
+    inherited = {SERVER_VARIABLE: f"{os.getppid()}@{address}"}
+    child = serve(address, CollectorRegistry(), retry_s=0.01, environ=inherited)
+    assert child.port is None
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+    parent.close()
+    assert environ == {}
+    assert child.port is None  # that process lives still, and may serve again
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    inherited[SERVER_VARIABLE] = f"{gone.pid}@{address}"
+    assert child.bound.wait(10)
+    assert inherited == {SERVER_VARIABLE: f"{os.getpid()}@{address}"}
+    child.close()
+
+
+def test_another_address_is_served(caplog: pytest.LogCaptureFixture) -> None:
+    """What a parent serves elsewhere keeps nobody from serving here."""
+    environ = {SERVER_VARIABLE: f"{os.getppid()}@127.0.0.1:1"}
+    endpoint = serve("127.0.0.1:0", CollectorRegistry(), environ=environ)
+    assert endpoint.port
+    endpoint.close()

@@ -16,9 +16,10 @@ from melodi_otel.attribution.books import Books, Snapshot, Who
 from melodi_otel.instrumentation.seam import Begin, End
 from melodi_otel.semconv_metrics import REQUEST_ENERGY
 from melodi_otel.telemetry.metrics import Views
-from melodi_otel.telemetry.providers import MeterSeam, TracerSeam
+from melodi_otel.telemetry.providers import MeterSeam
 from melodi_otel.telemetry.requests import RequestCalls
 from melodi_otel.telemetry.sdk import keeps_exemplars
+from melodi_otel.telemetry.tracers import TracerSeam
 from melodi_otel.testing.telemetry import OtlpReceiver, plain
 
 RESOURCE = Resource({"host.id": "h1", "service.name": "svc"})

@@ -19,8 +19,9 @@ from melodi_otel.attribution.books import Books, Snapshot
 from melodi_otel.attribution.meter import Share
 from melodi_otel.telemetry.deferral import Entry
 from melodi_otel.telemetry.metrics import Views
-from melodi_otel.telemetry.providers import MeterSeam, TracerSeam
+from melodi_otel.telemetry.providers import MeterSeam
 from melodi_otel.telemetry.spans import DeferringProcessor
+from melodi_otel.telemetry.tracers import TracerSeam
 from melodi_otel.testing.telemetry import CapturedSpans, points
 
 RESOURCE = Resource({"host.id": "h1"})

@@ -203,26 +203,10 @@ def test_encodes_alike(rig: Any, kit: Any) -> None:
     assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)
 
 
-class Knowing:
-    """Knows what a span called `llm_request` waits for."""
-
-    def __init__(self, future: Future[list[Share]]) -> None:
-        self.future = future
-        self.seen: list[str] = []
-
-    def started(self, span: ReadableSpan) -> None:
-        self.seen.append(span.name)
-
-    def ended(self, span: ReadableSpan) -> Entry | None:
-        return Entry(self.future) if span.name == "llm_request" else None
-
-    def forked(self) -> None: ...
-
-
 def test_spans_of_others(rig: Any, kit: Any) -> None:
     """Spans of others wait too where somebody knows their shares."""
     future: Future[list[Share]] = Future()
-    rig.deferral.watch(knowing := Knowing(future))
+    rig.deferral.watch(knowing := kit.Knowing(Entry(future), "llm_request"))
     rig.tracer.start_span("llm_request").end()
     rig.tracer.start_span("other").end()
     assert knowing.seen == ["llm_request", "other"]

@@ -33,7 +33,16 @@ def _load_next():
     spec.loader.exec_module(module)
 
 
+def _stay_first():
+    # opentelemetry-instrument puts its own directory in front again, and would hide this file from every child.
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if here in path[1:]:
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *(entry for entry in path if entry != here)])
+
+
 try:
     _load_next()
 finally:
+    _stay_first()
     _start_meter()
