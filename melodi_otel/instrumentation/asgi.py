@@ -25,8 +25,8 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from melodi_otel.instrumentation.patches import Patches
 from melodi_otel.instrumentation.seam import INCOMING, Incoming, incoming
-from melodi_otel.instrumentation.transformers.patches import Patches
 
 log = logging.getLogger("melodi_otel")
 

@@ -14,8 +14,8 @@ import transformers
 from transformers.generation.utils import GenerationMixin
 from transformers.pipelines.text_generation import TextGenerationPipeline
 
+from melodi_otel.instrumentation.patches import Patches
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
-from melodi_otel.instrumentation.transformers.patches import Patches
 from melodi_otel.testing import tiny_model
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])

@@ -2,7 +2,6 @@
 
 ======================= ================================================================================================
 ``instrumentor``        what is patched and what the patched functions do
-``patches``             attributes replaced in somebody else's classes, and their undo list
 ``overrides``           model classes with a ``generate`` of their own
 ``streams``             where a streamer was made: the request that its thread forgets
 ``serving``             the context of a request in ``transformers serve``, and its client leaving

@@ -19,12 +19,12 @@ from typing import Any, Final, TypeVar
 
 import wrapt
 
+from melodi_otel.instrumentation.patches import Patches
 from melodi_otel.instrumentation.seam import Calls
 from melodi_otel.instrumentation.transformers.call import Complaints
 from melodi_otel.instrumentation.transformers.continuous_loops import BatchLoops, shared
 from melodi_otel.instrumentation.transformers.continuous_requests import BatchedRequest, BatchLoop
 from melodi_otel.instrumentation.transformers.engines import Engines
-from melodi_otel.instrumentation.transformers.patches import Patches
 
 log = logging.getLogger("melodi_otel")
 

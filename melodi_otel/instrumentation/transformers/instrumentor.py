@@ -23,6 +23,7 @@ from weakref import ref
 import wrapt
 
 from melodi_otel import semconv as names
+from melodi_otel.instrumentation.patches import Patches
 from melodi_otel.instrumentation.seam import AttributeValue, Calls
 from melodi_otel.instrumentation.transformers import serving, streams
 from melodi_otel.instrumentation.transformers.arguments import POSITIONAL
@@ -37,7 +38,6 @@ from melodi_otel.instrumentation.transformers.overrides import (
     operation_of,
 )
 from melodi_otel.instrumentation.transformers.parallel import Ranks
-from melodi_otel.instrumentation.transformers.patches import Patches
 from melodi_otel.instrumentation.transformers.streams import Streams
 
 log = logging.getLogger("melodi_otel")
