@@ -31,6 +31,7 @@ class Publisher:
         self._held: Any = None
         self._pid = os.getpid()
         self._tried = -_AGAIN_S
+        self._over = False
 
     def __call__(self) -> bool:
         """Whether this process publishes; asks again at most once a second while somebody else does."""
@@ -39,11 +40,18 @@ class Publisher:
             self._pid = os.getpid()
         if self._held is not None:
             return True
+        if self._over:
+            return False
         now = time.monotonic()
         if now - self._tried >= _AGAIN_S:
             self._tried = now
             self._held = self._take()
         return self._held is not None
+
+    def close(self) -> None:
+        """Let somebody else publish, for good: a collection that comes late does not take the name back."""
+        self._over = True
+        self.release()
 
     def release(self) -> None:
         """Let somebody else publish."""

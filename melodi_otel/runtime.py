@@ -319,7 +319,7 @@ class Runtime:
             self._endpoint = None
         if self._scrape is not None:
             self._scrape.close()
-        self._publisher.release()
+        self._publisher.close()
         self._process.close()
         for source in self.discovery.sources:
             source.close()

@@ -47,7 +47,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "cli": ANY,
     "runtime": ANY,
     "program": {"standby", "runtime", "results"},
-    "standby": {"telemetry.deferral", "telemetry.tracers", "instrumentation.loaded"},
+    "standby": {"telemetry.deferral", "telemetry.genai", "telemetry.tracers", "instrumentation.loaded"},
     "zero_code": {"program"},
     "publishing": set(),
     "readings": {"attribution", "timeline", "sources", "sampler", "telemetry"},

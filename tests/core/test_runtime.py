@@ -153,7 +153,11 @@ def test_one_publisher_per_host() -> None:
     first.release()
     second._tried = -10.0
     assert second()
-    second.release()
+    second.close()
+    first._tried = second._tried = -10.0
+    assert not second(), "it has let go for good"
+    assert first()
+    first.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
