@@ -125,6 +125,7 @@ class Site:
         self.runtime.calls.close()
         self.runtime._tracers.unwrap()
         self.runtime._meters.close()
+        self.runtime._publisher.close()
         assert self.runtime._scrape is not None
         self.runtime._scrape.close()
         self._metrics.shutdown()
