@@ -146,5 +146,8 @@ class _FirstCall(Foreign):
         self.started(span)  # most instrumentations name their attributes only now
         return None
 
+    def own_ended(self, span_id: int) -> None:
+        """Without a runtime there are none of ours."""
+
     def forked(self) -> None:
         """Nothing is kept."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -53,6 +54,10 @@ class Foreign(Protocol):
 
     def ended(self, span: ReadableSpan) -> Entry | None:
         """What a span waits for that ended, or None; must be quick. Every processor asks."""
+        ...
+
+    def own_ended(self, span_id: int) -> None:
+        """A span of ours ended, whose shares are known here."""
         ...
 
     def forked(self) -> None:
@@ -133,6 +138,9 @@ class Deferral:
         self._why = why
         self._entries: dict[int, Entry] = {}
         self._foreign: Foreign | None = None
+        # Not a method: every span of the program comes by here.
+        self.started: Callable[[ReadableSpan], None] = _nobody_asks
+        self._told: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.RLock()
         self._deferred = 0
         self._settled = _none()
@@ -148,18 +156,32 @@ class Deferral:
     def watch(self, foreign: Foreign | None) -> None:
         """Let spans of others wait too; None: no longer."""
         self._foreign = foreign
-
-    def started(self, span: ReadableSpan) -> None:
-        """``span`` began."""
-        if self._foreign is not None:
-            self._foreign.started(span)
+        self.started = _nobody_asks if foreign is None else foreign.started
 
     def find(self, span: ReadableSpan) -> Entry | None:
         """What ``span``, which ended, waits for; None: nothing."""
-        context = span.get_span_context()
+        context, foreign = span.get_span_context(), self._foreign
         entry = self._entries.get(context.span_id) if context is not None else None
-        other = self._foreign.ended(span) if self._foreign is not None else None
-        return entry or other
+        if foreign is None:
+            return entry
+        if entry is None or context is None:
+            return foreign.ended(span)
+        foreign.own_ended(context.span_id)
+        return entry
+
+    def has_waited(self, span: ReadableSpan) -> bool:
+        """Whether ``span`` has its joules already: a processor of ours deeper in somebody's chain sees it again."""
+        context = span.get_span_context()
+        # The cheap question first: looking into the attributes of a span costs as much as all the rest.
+        return context is not None and context.span_id in self._told and names.SCHEMA in (span.attributes or {})
+
+    def told(self, span: ReadableSpan) -> None:
+        """``span`` has been given its joules."""
+        context = span.get_span_context()
+        if context is not None:
+            self._told[context.span_id] = None
+            while len(self._told) > self.limit:
+                self._told.popitem(last=False)
 
     def wait_s(self) -> float:
         """The longest time a span waits that ends now, in seconds."""
@@ -204,6 +226,9 @@ class Deferral:
             self._foreign.forked()
         self._deferred = 0
         self._settled = _none()
+
+
+def _nobody_asks(_: ReadableSpan) -> None: ...
 
 
 def _none() -> dict[str, int]:

@@ -32,7 +32,8 @@ from melodi_otel.telemetry import genai
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Entry, Foreign
 from melodi_otel.telemetry.delivery import Reports
-from melodi_otel.telemetry.lineage import SCOPE, Kind, Lineage, Request
+from melodi_otel.telemetry.genai import Kind
+from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 
 __all__ = ["ForeignSpans", "LateMeter"]
 
@@ -104,10 +105,12 @@ class ForeignSpans(Foreign):
 
     def started(self, span: ReadableSpan) -> None:
         """A recorded span began; asked by every processor."""
-        try:
-            self._started(span)
-        except Exception as error:
-            self._complain("the start of a span", error)
+        context = span.get_span_context()
+        if context is None or not self._lineage.started(context.span_id, span) or not self._kinds:
+            return
+        if genai.kind_of(span) in self._kinds:
+            self._under_way.add(context.span_id)
+            self._meter.unseen(self._monotonic_ns(span.start_time or 0), 1)
 
     def ended(self, span: ReadableSpan) -> Entry | None:
         """What a span that ended waits for; asked by every processor, decided once."""
@@ -117,32 +120,23 @@ class ForeignSpans(Foreign):
             self._complain("the end of a span", error)
             return None
 
-    def _started(self, span: ReadableSpan) -> None:
-        context = span.get_span_context()
-        if context is None or not context.is_valid:
-            return
-        parent = span.parent.span_id if span.parent is not None else None
-        kind = genai.kind_of(span)
-        start_ns = span.start_time or 0
-        new = self._lineage.started(context.span_id, parent, kind, start_ns)
-        if new and self._owning and kind in self._kinds:
-            self._under_way.add(context.span_id)
-            self._meter.unseen(self._monotonic_ns(start_ns), 1)
+    def own_ended(self, span_id: int) -> None:
+        """One of ours ended; who was inside it has the joules by its own span."""
+        self._lineage.ended(span_id)
 
     def _ended(self, span: ReadableSpan) -> Entry | None:
         context = span.get_span_context()
-        if context is None or not context.is_valid:
+        if context is None:
+            return None
+        inside = self._lineage.ended(context.span_id)
+        if genai.scope_of(span) == SCOPE:
             return None
         if context.span_id in self._decided:
             return self._decided[context.span_id]
-        inside = self._lineage.ended(context.span_id)
-        kind = genai.kind_of(span)
-        if kind[0] == SCOPE:
-            return None
         entry: Entry | None = None
         seen = genai.read(span, self._local)
         if seen is not None:
-            entry = self._decide(span, context, seen, kind, inside)
+            entry = self._decide(span, context, seen, genai.kind_of(span), inside)
             self._decided[context.span_id] = entry
             while len(self._decided) > _ASKED:
                 self._decided.popitem(last=False)

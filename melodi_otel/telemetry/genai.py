@@ -21,6 +21,7 @@ from melodi_otel import semconv as names
 from melodi_otel.attribution.meter import Outcome
 
 Role = Literal["inference", "around"]
+Kind = tuple[str, str]
 Place = Literal["here", "host", "remote", "unknown"]
 
 IN_PROCESS: Final = frozenset(
@@ -91,7 +92,7 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
     operation = _text(found, "gen_ai.operation.name", "llm.request.type") or _OPENINFERENCE.get(kind or "")
     place = _place(found, provider, local_providers)
     # Characters divided by two are no tokens: that is what OpenLIT tells of engines that run in the process itself.
-    guessed = place == "here" and _scope(span).startswith("openlit")
+    guessed = place == "here" and scope_of(span).startswith("openlit")
     reasons = found.get("gen_ai.response.finish_reasons", found.get("llm.finish_reason", ()))
     listed = (reasons,) if isinstance(reasons, str) else tuple(str(one) for one in reasons or ())
     failed = span.status.status_code is StatusCode.ERROR
@@ -117,19 +118,20 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
 
 def may_be(span: ReadableSpan) -> bool:
     """Whether a span, begun or ended, may be of a GenAI call: by its attributes, or by who makes it."""
-    return _named(span.attributes or {}) or _MAKERS.search(_scope(span)) is not None
+    return _named(span.attributes or {}) or _MAKERS.search(scope_of(span)) is not None
 
 
 def _named(attributes: Mapping[str, Any]) -> bool:
     return _MAY_BE.search("\n".join(attributes)) is not None
 
 
-def kind_of(span: ReadableSpan) -> tuple[str, str]:
+def kind_of(span: ReadableSpan) -> Kind:
     """What tells spans of one instrumentation and purpose from others: its scope, and the first word of its name."""
-    return _scope(span), span.name.partition(" ")[0]
+    return scope_of(span), span.name.partition(" ")[0]
 
 
-def _scope(span: ReadableSpan) -> str:
+def scope_of(span: ReadableSpan) -> str:
+    """The name of the instrumentation that made the span."""
     scope = span.instrumentation_scope
     return "" if scope is None else scope.name
 

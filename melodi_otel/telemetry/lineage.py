@@ -13,24 +13,24 @@ themselves. Only open spans are known, and of each trace the newest requests::
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Container
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Final
 
+from opentelemetry.sdk.trace import ReadableSpan
+
 from melodi_otel.attribution.meter import Share
+from melodi_otel.telemetry.genai import Kind, kind_of
 
 INSIDE_LIMIT: Final = 10_000
 """Requests that are remembered per open span; beyond, nobody can tell its sum any more."""
-_TRACES: Final = 2_048
-_PER_TRACE: Final = 64
-Kind = tuple[str, str]
+_RECENT: Final = 1_024
+"""Requests among which the one is looked for that a span tells of a second time."""
 SCOPE: Final = "melodi_otel"
 """The instrumentation scope of our own spans."""
 
 
-@dataclass(eq=False, slots=True)
 class Request:
     """A request as the spans around it and beside it see it.
 
@@ -38,22 +38,38 @@ class Request:
         trace_id, start_ns, end_ns: of its span, wall ns; ``end_ns`` is None while it is open.
         scope: the instrumentation that told of it.
         place: where the model ran, see ``genai.Seen``.
-        shares: its joules, in time.
         told: whether a span beside it has been given its joules.
     """
 
-    trace_id: int
-    start_ns: int
-    scope: str
-    place: str
-    shares: Future[list[Share]] = field(default_factory=Future[list[Share]])
-    end_ns: int | None = None
-    told: bool = False
+    __slots__ = ("_asked", "_shares", "end_ns", "place", "scope", "start_ns", "told", "trace_id")
+
+    def __init__(self, trace_id: int, start_ns: int, scope: str, place: str) -> None:
+        self.trace_id = trace_id
+        self.start_ns = start_ns
+        self.scope = scope
+        self.place = place
+        self.end_ns: int | None = None
+        self.told = False
+        self._shares: Future[list[Share]] | None = None
+        self._asked: Future[list[Share]] | None = None
+
+    @property
+    def shares(self) -> Future[list[Share]]:
+        """Its joules, in time. One more future is made only for who asks before it has ended."""
+        if self._shares is None:
+            if self._asked is None:
+                self._asked = Future()
+            # It may have ended in this very moment, and looked for who asks before it was there.
+            return self._asked if self._shares is None else self._shares
+        return self._shares
 
     def ended(self, end_ns: int, shares: Future[list[Share]]) -> None:
         """It is over, and these will be its shares."""
         self.end_ns = end_ns
-        shares.add_done_callback(lambda done: self.shares.set_result([] if done.cancelled() else done.result()))
+        self._shares = shares
+        asked = self._asked
+        if asked is not None:
+            shares.add_done_callback(lambda done: asked.set_result([] if done.cancelled() else done.result()))
 
     def same_as(self, start_ns: int, end_ns: int) -> float:
         """How much of [start, end] and of its own time is common to both, 0..1."""
@@ -66,12 +82,11 @@ class Request:
 class _Open:
     """An open span; made for every span of the program, so it is as small as can be."""
 
-    __slots__ = ("inside", "kind", "parent_id", "start_ns")
+    __slots__ = ("inside", "parent_id", "span")
 
-    def __init__(self, parent_id: int | None, kind: Kind, start_ns: int) -> None:
+    def __init__(self, parent_id: int | None, span: ReadableSpan) -> None:
         self.parent_id = parent_id
-        self.kind = kind
-        self.start_ns = start_ns
+        self.span = span
         self.inside: list[Request] | None = None
 
 
@@ -85,12 +100,13 @@ class Lineage:
         """In a child: what is open belongs to the parent."""
         self._lock = threading.RLock()
         self._open: dict[int, _Open] = {}
-        self._traces: OrderedDict[int, list[Request]] = OrderedDict()
+        self._recent: deque[Request] = deque(maxlen=_RECENT)
 
-    def started(self, span_id: int, parent_id: int | None, kind: Kind, start_ns: int) -> bool:
+    def started(self, span_id: int, span: ReadableSpan) -> bool:
         """A span began; False where that was known."""
         # Without the lock: each is one atomic operation of a dictionary, and this runs twice per span of the program.
-        opened = _Open(parent_id, kind, start_ns)
+        parent = span.parent
+        opened = _Open(None if parent is None else parent.span_id, span)
         return self._open.setdefault(span_id, opened) is opened
 
     def ended(self, span_id: int) -> list[Request] | None:
@@ -103,22 +119,20 @@ class Lineage:
 
     def request(self, made: Request, parent_id: int | None) -> Request:
         """A request begins (or is reported) whose span has this parent: every open span around it is told."""
+        self._recent.append(made)
+        around = None if parent_id is None else self._open.get(parent_id)
+        if around is None:
+            return made
         with self._lock:
-            around = self._open.get(parent_id) if parent_id is not None else None
             for _ in range(1_000):  # a parent that is its own ancestor would be somebody's mistake
-                if around is None:
-                    break
                 if around.inside is None:
                     around.inside = []
                 if len(around.inside) <= INSIDE_LIMIT:
                     around.inside.append(made)
-                around = self._open.get(around.parent_id) if around.parent_id is not None else None
-            known = self._traces.setdefault(made.trace_id, [])
-            self._traces.move_to_end(made.trace_id)
-            known.append(made)
-            del known[:-_PER_TRACE]
-            while len(self._traces) > _TRACES:
-                self._traces.popitem(last=False)
+                further = None if around.parent_id is None else self._open.get(around.parent_id)
+                if further is None:
+                    break
+                around = further
         return made
 
     def same(self, trace_id: int, start_ns: int, end_ns: int, scope: str, place: str) -> Request | None:
@@ -129,8 +143,11 @@ class Lineage:
         with self._lock:
             free = [
                 request
-                for request in self._traces.get(trace_id, ())
-                if not request.told and request.scope != scope and request.place == place
+                for request in tuple(self._recent)
+                if request.trace_id == trace_id
+                and not request.told
+                and request.scope != scope
+                and request.place == place
             ]
             best = max(free, key=lambda request: request.same_as(start_ns, end_ns), default=None)
             if best is None or best.same_as(start_ns, end_ns) < 0.5:
@@ -139,5 +156,5 @@ class Lineage:
             return best
 
     def starts(self, kinds: Container[Kind]) -> list[int]:
-        """When the open spans of these kinds began."""
-        return [span.start_ns for span in list(self._open.values()) if span.kind in kinds]
+        """When the open spans of these kinds began, wall ns."""
+        return [one.span.start_time or 0 for one in list(self._open.values()) if kind_of(one.span) in kinds]

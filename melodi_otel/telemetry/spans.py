@@ -113,7 +113,7 @@ class DeferringProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         try:
-            entry = None if self._parking.closed or _has_joules(span) else self._deferral.find(span)
+            entry = None if self._parking.closed or self._deferral.has_waited(span) else self._deferral.find(span)
         except Exception as error:
             self._complain("find", error)
             entry = None
@@ -164,6 +164,7 @@ class DeferringProcessor(SpanProcessor):
         except Exception as error:
             self._complain("enrich", error)
             span = enriched(span, energy_attributes(unavailable(None), None))
+        self._deferral.told(span)
         context.run(self._hand_on, span)
 
     def _hand_on(self, span: ReadableSpan) -> None:
@@ -171,8 +172,3 @@ class DeferringProcessor(SpanProcessor):
             self.next.on_end(span)
         except Exception as error:
             self._complain("on_end", error)
-
-
-def _has_joules(span: ReadableSpan) -> bool:
-    # Somebody's chain may contain a processor that we had wrapped before: what has waited once does not wait again.
-    return names.SCHEMA in (span.attributes or {})

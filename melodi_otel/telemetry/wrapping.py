@@ -15,12 +15,14 @@ _DEPTH: Final = 3
 
 def processors_of(provider: object) -> Any:
     """The SDK's multi-processor of ``provider``, or of the provider that it holds (a proxy of a vendor); None: neither."""
+    # Asked for every request, and nearly always about the SDK's own provider: that one first.
+    multi = _multi_of(provider)
+    return multi if multi is not None else inside(provider, _multi_of, "get_tracer")
 
-    def of(one: object) -> Any:
-        multi = getattr(one, "_active_span_processor", None)
-        return multi if isinstance(getattr(multi, "_span_processors", None), tuple) else None
 
-    return inside(provider, of, "get_tracer")
+def _multi_of(one: object) -> Any:
+    multi = getattr(one, "_active_span_processor", None)
+    return multi if isinstance(getattr(multi, "_span_processors", None), tuple) else None
 
 
 def inside(provider: object, find: Callable[[object], Any], method: str) -> Any:

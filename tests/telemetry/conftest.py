@@ -109,6 +109,8 @@ class Knowing:
     def ended(self, span: ReadableSpan) -> Entry | None:
         return self.entry if self.name in (None, span.name) else None
 
+    def own_ended(self, span_id: int) -> None: ...
+
     def forked(self) -> None: ...
 
 

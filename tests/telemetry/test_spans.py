@@ -247,7 +247,19 @@ def test_exceptions_of_the_next_stay_inside(caplog: pytest.LogCaptureFixture, ki
 
 def test_failing_lookup_lets_pass(rig: Any, caplog: pytest.LogCaptureFixture) -> None:
     """An error of ours while looking a span up lets the span pass."""
-    rig.deferral.watch(object())
+
+    class Broken:
+        def started(self, span: ReadableSpan) -> None:
+            raise RuntimeError("started")
+
+        def ended(self, span: ReadableSpan) -> Entry | None:
+            raise RuntimeError("ended")
+
+        def own_ended(self, span_id: int) -> None: ...
+
+        def forked(self) -> None: ...
+
+    rig.deferral.watch(Broken())
     rig.tracer.start_span("a").end()
     assert [s.name for s in rig.captured.ended] == ["a"]
 
