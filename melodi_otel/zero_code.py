@@ -31,10 +31,6 @@ class _LibraryEntry(BaseInstrumentor):
 
     library: str
 
-    def instrumentation_dependencies(self) -> Collection[str]:
-        """What must be installed for this to make sense."""
-        raise NotImplementedError
-
     def _instrument(self, **kwargs: Any) -> None:
         providers = {name: kwargs[name] for name in _PROVIDERS if kwargs.get(name) is not None}
         _safely(lambda: self._switch_on(providers))

@@ -124,24 +124,42 @@ class OtlpReceiver:
         self._http.server_close()
         self._thread.join(timeout=5.0)
 
-    def spans(self, number: int = 0, timeout_s: float = 20.0) -> list[Any]:
-        """All spans (protobuf) so far, after waiting for at least ``number`` of them."""
-        return [span for _, span in self._await(self._spans, number, timeout_s)]
+    def spans(
+        self, number: int = 0, timeout_s: float = 20.0, where: Callable[[Any], bool] = lambda _: True
+    ) -> list[Any]:
+        """All spans (protobuf) so far of which ``where`` is true, after waiting for at least ``number`` of those.
+
+        Raises:
+            TimeoutError: they did not come.
+        """
+        return self._await(self._spans, number, timeout_s, where)
 
     def metrics(self, number: int = 0, timeout_s: float = 20.0) -> list[Any]:
         """All metrics (protobuf) so far, after waiting for at least ``number`` of them."""
-        return [metric for _, metric in self._await(self._metrics, number, timeout_s)]
+        return self._await(self._metrics, number, timeout_s)
 
     def resources(self) -> list[dict[str, Any]]:
         """Attributes of the resources of everything received."""
         with self._changed:
             return [plain(resource.attributes) for resource, _ in [*self._spans, *self._metrics]]
 
-    def _await(self, kept: list[tuple[Any, Any]], number: int, timeout_s: float) -> list[tuple[Any, Any]]:
+    def _await(
+        self,
+        kept: list[tuple[Any, Any]],
+        number: int,
+        timeout_s: float,
+        where: Callable[[Any], bool] = lambda _: True,
+    ) -> list[Any]:
+        found: list[Any] = []
+
+        def enough() -> bool:
+            found[:] = [item for _, item in kept if where(item)]
+            return len(found) >= number
+
         with self._changed:
-            if not self._changed.wait_for(lambda: len(kept) >= number, timeout_s):
-                raise TimeoutError(f"{len(kept)} of {number} came in {timeout_s:g} s")
-            return list(kept)
+            if not self._changed.wait_for(enough, timeout_s):
+                raise TimeoutError(f"{len(found)} of {number} came in {timeout_s:g} s")
+            return found
 
     def _traces(self, request: Any) -> None:
         found = [(r.resource, span) for r in request.resource_spans for s in r.scope_spans for span in s.spans]

@@ -126,16 +126,16 @@ class Server:
     def output(self) -> str:
         return "".join(self.said)
 
-    def stop(self) -> int:
-        """Interrupt it; its exit code.
+    def stop(self, by: signal.Signals = signal.SIGINT) -> int:
+        """End it by a signal; its exit code.
 
         Raises:
             TimeoutExpired: it did not end; it is killed.
         """
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(by)
         try:
-            return self.process.wait(30)
+            return self.process.wait(60)
         finally:
             self.kill()
 

@@ -141,13 +141,9 @@ def served(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 
 def arrived(receiver: OtlpReceiver, number: int, which: Callable[[Any], bool]) -> list[Any]:
     """``number`` spans of that sort, in the order of their starts."""
-    deadline = time.monotonic() + 30
-    while True:
-        found = [span for span in receiver.spans() if which(span)]
-        if len(found) >= number or time.monotonic() > deadline:
-            assert len(found) == number
-            return sorted(found, key=lambda span: span.start_time_unix_nano)
-        time.sleep(0.1)
+    found = receiver.spans(number, timeout_s=30, where=which)
+    assert len(found) == number
+    return sorted(found, key=lambda span: span.start_time_unix_nano)
 
 
 def is_generation(span: Any) -> bool:
