@@ -7,6 +7,7 @@ differently. Nothing is invented: a count that its instrumentation made up from 
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -93,8 +94,7 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
     place = _place(found, provider, local_providers)
     # Characters divided by two are no tokens: that is what OpenLIT tells of engines that run in the process itself.
     guessed = place == "here" and scope_of(span).startswith("openlit")
-    reasons = found.get("gen_ai.response.finish_reasons", found.get("llm.finish_reason", ()))
-    listed = (reasons,) if isinstance(reasons, str) else tuple(str(one) for one in reasons or ())
+    listed = _listed(found.get("gen_ai.response.finish_reasons", found.get("llm.finish_reason", ())))
     failed = span.status.status_code is StatusCode.ERROR
     return Seen(
         role=role,
@@ -177,6 +177,16 @@ def is_this_host(address: str) -> bool:
         own = socket.gethostname().lower()
         return name in {own, own.partition(".")[0]}
     return ip.is_loopback or ip.is_unspecified
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """A list of texts as it is, or as one text, or (Logfire) as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.startswith("[") else (value,)
+        except ValueError:
+            value = (value,)
+    return tuple(str(one) for one in value or ())
 
 
 def _text(found: Mapping[str, Any], *keys: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from typing import Any
 
 os.environ["TRACELOOP_TELEMETRY"] = "false"
 
@@ -24,6 +25,15 @@ def provider() -> TracerProvider:
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(made)
     return made
+
+
+def logfires_provider() -> Any:
+    """Logfire's own provider, which exports to where the variables say, and instruments OpenAI's clients too."""
+    import logfire
+
+    logfire.configure(send_to_logfire=False, console=False)
+    logfire.instrument_openai()
+    return trace.get_tracer_provider()
 
 
 def pipeline() -> None:
@@ -51,7 +61,7 @@ def pipeline() -> None:
 
 def clients(which: str, url: str) -> None:
     """Clients of model servers on this host, three at a time, seen by one other instrumentation (or two)."""
-    made = provider()
+    made: Any = logfires_provider() if which == "logfire" else provider()
     runtime = melodi_otel.instrument()
     assert runtime is not None
     if which in ("openllmetry", "both"):
@@ -81,7 +91,7 @@ def clients(which: str, url: str) -> None:
     local = ollama.Client(host=url)
 
     def ask() -> None:
-        if which == "opentelemetry":
+        if which in ("opentelemetry", "logfire"):
             chat.chat.completions.create(model="m", messages=MESSAGES)  # type: ignore[arg-type]
         else:
             local.chat(model="m", messages=MESSAGES)

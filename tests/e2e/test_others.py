@@ -114,7 +114,7 @@ def test_openllmetry_and_openlit_around_a_pipeline(
     assert math.fsum(a.get("melodi.energy.total", 0.0) for a in everything) == pytest.approx(told(out), rel=1e-12)
 
 
-@pytest.mark.parametrize("which", ["openllmetry", "openlit", "openinference", "opentelemetry"])
+@pytest.mark.parametrize("which", ["openllmetry", "openlit", "openinference", "opentelemetry", "logfire"])
 def test_clients_of_servers_on_this_host(
     which: str,
     peers_python: str,
@@ -123,7 +123,7 @@ def test_clients_of_servers_on_this_host(
     model_server: str,
 ) -> None:
     """Every call is one span with joules from its start to its end; three at once share, and the books balance."""
-    # OpenInference and OpenLLMetry's Ollama spans do not say where their server is.
+    # OpenInference, Logfire and OpenLLMetry's Ollama spans do not say where their server is.
     out = run(
         peers_python, environment(receiver, MELODI_LOCAL_PROVIDERS="ollama,openai"), "clients", which, model_server
     )

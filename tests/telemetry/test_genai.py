@@ -124,6 +124,14 @@ def test_guessed_tokens_are_left_out() -> None:
     assert (seen.prompt_tokens, seen.output_tokens) == (None, None)
 
 
+@pytest.mark.parametrize("told", [("length",), "length", '["length"]'], ids=["a list", "a text", "JSON"])
+def test_finish_reasons(told: Any) -> None:
+    """However they are written, the reasons are a list, and only `length` is a cut answer."""
+    seen = read(span(gen_ai__operation__name="chat", gen_ai__response__finish_reasons=told))
+    assert seen is not None
+    assert (seen.finish_reasons, seen.outcome) == (("length",), "length")
+
+
 def test_errors() -> None:
     """A failed call says so, with its type where the span has one."""
     status = Status(StatusCode.ERROR)
