@@ -25,6 +25,8 @@ from melodi_otel.devices import Device
 
 log = logging.getLogger("melodi_otel")
 
+_TOLD: Final = 10_000
+"""Spans of which it is remembered that they have their joules. Not a setting: several threads forget the oldest at a time."""
 AttributeValue = str | bool | int | float | Sequence[str]
 
 
@@ -180,7 +182,7 @@ class Deferral:
         context = span.get_span_context()
         if context is not None:
             self._told[context.span_id] = None
-            while len(self._told) > self.limit:
+            while len(self._told) > _TOLD:
                 self._told.popitem(last=False)
 
     def wait_s(self) -> float:

@@ -19,7 +19,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
@@ -178,7 +178,8 @@ class ForeignSpans(Foreign):
         key = Key(self._group, f"{self._salt}-s{next(self._numbers)}")
         labels: Mapping[str, str] = {}
         if self._labels is not None:
-            labels = self._labels(genai.plain(span.attributes or {}))
+            attributes: dict[str, Any] = dict(span.attributes or {})
+            labels = self._labels(attributes)
         whose = {**labels, **self._identity}
         whose |= {} if seen.provider is None else {names.GEN_AI_PROVIDER: seen.provider}
         self._meter.open(

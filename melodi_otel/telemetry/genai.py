@@ -10,7 +10,7 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
@@ -203,8 +203,3 @@ def _count(found: Mapping[str, Any], *keys: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
     return None
-
-
-def plain(found: Mapping[str, Any]) -> dict[str, str | bool | int | float | Sequence[str]]:
-    """Attributes of a span as labels read them."""
-    return {key: value for key, value in found.items() if value is not None}

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -84,6 +85,31 @@ def environment(live_package: Path) -> Callable[..., dict[str, str]]:
         return env | more
 
     return make
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """``free_port()``: a port of the loopback that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", 0))
+            return int(holder.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture
+def run() -> Callable[[list[str], Mapping[str, str]], subprocess.CompletedProcess[str]]:
+    """``run(words, env)``: a program that must succeed, and may not print a stack."""
+
+    def start(words: list[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(words, env=dict(env), capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return start
 
 
 @pytest.fixture

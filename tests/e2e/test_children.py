@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,14 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 PROGRAM = Path(__file__).with_name("children.py")
 KINDS = ["spawn", "subprocess", *(["fork", "forkserver", "os.fork"] if hasattr(os, "fork") else [])]
 STARTED = ["spawn", "subprocess", "forkserver"]
+Run = Callable[[list[str], dict[str, str]], subprocess.CompletedProcess[str]]
 RUN = [sys.executable, "-m", "melodi_otel.cli.app", "run"]
-
-
-def run(words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def tokens_of(receiver: OtlpReceiver, number: int) -> list[int]:
@@ -44,32 +37,28 @@ def test_every_request_is_one_span(
     receiver: OtlpReceiver,
     environment: Callable[..., dict[str, str]],
     zero_code: list[str],
+    run: Run,
+    free_port: Callable[[], int],
 ) -> None:
     """Requests of parent and child are one span each, with joules; the page is the parent's, and the child warns of nothing."""
     need("torch", "transformers")
     words = zero_code if how.startswith("open") else [*RUN, "--"]
-    env = environment(receiver, MELODI_CONSOLE="0", MELODI_METRICS_ADDR=free_address())
+    env = environment(receiver, MELODI_CONSOLE="0", MELODI_METRICS_ADDR=f"127.0.0.1:{free_port()}")
     done = run([*words, sys.executable, str(PROGRAM), kind], env)
     # Old versions of the tool leave the programs that a program starts alone: nobody instruments those children.
-    alone = how.startswith("open") and kind in STARTED and not inherited(zero_code, env)
+    alone = how.startswith("open") and kind in STARTED and not inherited(run, zero_code, env)
     expected = [8, 24] if alone else [8, 16, 24]
     assert tokens_of(receiver, len(expected)) == expected
     assert "page 2.0" in done.stdout
     assert "cannot be served" not in done.stderr
 
 
-def inherited(zero_code: list[str], env: dict[str, str]) -> bool:
+def inherited(run: Run, zero_code: list[str], env: dict[str, str]) -> bool:
     """Whether what is started by a program under ``opentelemetry-instrument`` is under it too."""
     code = (
         "import os; print(any('auto_instrumentation' in path for path in os.environ['PYTHONPATH'].split(os.pathsep)))"
     )
     return "True" in run([*zero_code, sys.executable, "-c", code], env).stdout
-
-
-def free_address() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
 def test_where_opentelemetry_gives_up_the_meter_does_not(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from melodi_otel.testing.powercap import FakePowercap
 from melodi_otel.testing.telemetry import OtlpReceiver, plain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -77,7 +74,14 @@ def model(tmp_path_factory: pytest.TempPathFactory, need: Callable[..., None]) -
 
 
 @pytest.fixture
-def served(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Server, OtlpReceiver]]:
+def served(
+    model: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    environment: Callable[..., dict[str, str]],
+    receiver: OtlpReceiver,
+    free_port: Callable[[], int],
+) -> Iterator[tuple[Server, OtlpReceiver]]:
     """A server under ``melodi-otel run`` and where its telemetry goes; the parameter says which command."""
     import importlib.util
 
@@ -85,11 +89,7 @@ def served(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 
     if importlib.util.find_spec("transformers.cli") is None:
         pytest.skip("this transformers serves by plain threads and has no server of its own to wrap")
-    tree = FakePowercap(tmp_path / "sys")
-    tree.package(0, watts=60.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     scripts = Path(sys.executable).parent
     command: list[str] = {
         "transformers serve": [str(scripts / "transformers")],
@@ -99,44 +99,32 @@ def served(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
     command += ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "warning"]
     if request.param == "continuous":
         command += ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
-    with tree.live(), OtlpReceiver() as receiver:
-        env |= {
-            "MELODI_SYSFS_ROOT": str(tree.root),
-            "MELODI_NVML_LIBRARY": "/nowhere/libnvidia-ml.so.1",
-            "MELODI_LABELS": "tenant=baggage:tenant.id",
-            "MELODI_CONSOLE": "0",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint,
-            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-            "OTEL_BSP_SCHEDULE_DELAY": "200",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        said = (tmp_path / "said").open("w+", encoding="utf-8")
-        runner = [str(scripts / "melodi-otel"), "run", "--", *command]
-        process = subprocess.Popen(runner, env=env, stdout=said, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None, (tmp_path / "said").read_text(encoding="utf-8")
-                try:
-                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    assert time.monotonic() < deadline, (tmp_path / "said").read_text(encoding="utf-8")
-                    time.sleep(0.2)
-            yield Server(model, port), receiver
-        finally:
-            process.send_signal(signal.SIGINT)
+    env = environment(receiver, MELODI_LABELS="tenant=baggage:tenant.id", MELODI_CONSOLE="0")
+    runner = [str(scripts / "melodi-otel"), "run", "--", *command]
+    said = tmp_path / "said"
+    with said.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(runner, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, said.read_text(encoding="utf-8")
             try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            said.close()
-        text = (tmp_path / "said").read_text(encoding="utf-8")
-        assert "Traceback" not in text, text
-        assert "melodi" not in text, text
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline, said.read_text(encoding="utf-8")
+                time.sleep(0.2)
+        yield Server(model, port), receiver
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    text = said.read_text(encoding="utf-8")
+    assert "Traceback" not in text, text
+    assert "melodi" not in text, text
 
 
 def arrived(receiver: OtlpReceiver, number: int, which: Callable[[Any], bool]) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 HERE = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return int(holder.getsockname()[1])
-
-
 Served = Callable[..., AbstractContextManager[tuple[str, str, Any]]]
 
 
@@ -36,6 +29,7 @@ def served(
     serve: Callable[..., Any],
     environment: Callable[..., dict[str, str]],
     receiver: OtlpReceiver,
+    free_port: Callable[[], int],
 ) -> Served:
     """The application under uvicorn, with these settings: its address, the page, the server; ended by SIGTERM."""
     need("torch", "fastapi", "uvicorn", "httpx", "opentelemetry.instrumentation.fastapi")

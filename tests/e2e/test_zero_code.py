@@ -34,20 +34,13 @@ class Configurator:
 """
 
 
-def run(words: list[str], env: dict[str, str]) -> str:
-    """Standard error of a program that must succeed."""
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stderr
-
-
 def test_another_distro(
     tmp_path: Path,
     need: Callable[..., None],
     receiver: OtlpReceiver,
     environment: Callable[..., dict[str, str]],
     zero_code: list[str],
+    run: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """A distro with a configurator of its own, as companies have: its provider's spans carry joules."""
     need("torch", "transformers")
@@ -83,10 +76,11 @@ def test_left_out(
     receiver: OtlpReceiver,
     environment: Callable[..., dict[str, str]],
     zero_code: list[str],
+    run: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """A library that is left out, the meter turned off, a value that cannot be used: the program runs, with no span of ours."""
     need("torch", "transformers")
-    lines = run([*zero_code, *PROGRAM], environment(receiver, **{name: value})).splitlines()
+    lines = run([*zero_code, *PROGRAM], environment(receiver, **{name: value})).stderr.splitlines()
     ours = [line for line in lines if "melodi_otel" in line]
     assert all(said and said in line for line in ours)
     assert bool(ours) is bool(said)
