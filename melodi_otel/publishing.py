@@ -2,21 +2,32 @@
 
 Several processes may meter the same host; each would publish the same joules of the same package, and a sum over them
 would be a multiple. The one that holds the name publishes ``hw.*``, unattributed and residual; the others only their requests.
-The name is an abstract socket where the system has them: it is gone with its holder, also after ``kill -9``.
+The name is an abstract socket where the system has them: it is gone with its holder, also after ``kill -9``. A holder of a
+lower tier (local, shared, agent) gives it up when one of a higher tier asks: whoever asks is told apart by the kernel, and
+must be root or the same user.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
+import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
 
+log = logging.getLogger("melodi_otel")
+
 NAME: Final = "melodi-otel/publisher"
+TIERS: Final = ("local", "shared", "agent")
 _AGAIN_S: Final = 1.0
+_HOLD_OFF_S: Final = 5.0
+"""Whoever gave the name up does not try to take it back so soon: the one that asked is about to."""
+_ANSWER_S: Final = 0.2
 
 
 class Publisher:
@@ -24,10 +35,12 @@ class Publisher:
 
     Args:
         name: what to hold; one name per host.
+        tier: of this process's meter.
     """
 
-    def __init__(self, name: str = NAME) -> None:
+    def __init__(self, name: str = NAME, tier: str = "local") -> None:
         self._name = name
+        self._tier = tier
         self._held: Any = None
         self._pid = os.getpid()
         self._tried = -_AGAIN_S
@@ -46,7 +59,28 @@ class Publisher:
         if now - self._tried >= _AGAIN_S:
             self._tried = now
             self._held = self._take()
+            if self._held is None and self._ask():
+                self._held = self._take()
         return self._held is not None
+
+    def attend(self) -> None:
+        """Give the name up where a higher tier has asked for it. Call it now and then; quick, never raises."""
+        held = self._held
+        if not isinstance(held, socket.socket) or self._pid != os.getpid():
+            return
+        while True:
+            try:
+                asker, _ = held.accept()
+            except OSError:
+                return
+            with asker:
+                if self._must_yield(asker):
+                    log.info("the machine's energy is published by another meter of the tier above from now on")
+                    self.release()
+                    self._tried = time.monotonic() + _HOLD_OFF_S
+                    with contextlib.suppress(OSError):
+                        asker.send(b"yes\n")
+                    return
 
     def close(self) -> None:
         """Let somebody else publish, for good: a collection that comes late does not take the name back."""
@@ -59,11 +93,37 @@ class Publisher:
         if held is not None:
             held.close()
 
+    def _must_yield(self, asker: socket.socket) -> bool:
+        try:
+            asker.settimeout(_ANSWER_S)
+            tier = asker.recv(64).decode("ascii", "replace").strip()
+            _, uid, _ = struct.unpack("iII", asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        except OSError:
+            return False
+        return tier in TIERS and TIERS.index(tier) > TIERS.index(self._tier) and uid in (0, os.geteuid())
+
+    def _ask(self) -> bool:
+        """Ask whoever holds the name for it; whether it was given up."""
+        if sys.platform != "linux" or self._tier == TIERS[0]:
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            try:
+                asking.settimeout(_ANSWER_S)
+                asking.connect("\0" + self._name)
+                asking.sendall(self._tier.encode() + b"\n")
+                # The holder looks once a second; who asks on its own thread may wait that long.
+                asking.settimeout(2 * _AGAIN_S)
+                return asking.recv(16) == b"yes\n"
+            except OSError:
+                return False
+
     def _take(self) -> Any:
         if sys.platform == "linux":
             holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 holder.bind("\0" + self._name)
+                holder.listen(8)
+                holder.setblocking(False)
             except OSError:
                 holder.close()
                 return None

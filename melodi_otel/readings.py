@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from melodi_otel.attribution.ledger import Ledger
+from melodi_otel.attribution.meter import EngineId
 from melodi_otel.clock import Clock
 from melodi_otel.devices import Device
 from melodi_otel.sampler import Sampler
@@ -21,9 +22,18 @@ class Readings:
         devices: the devices by ``hw.id``.
         moved: called when a round is complete, to wake the settling.
         clock: for the age of the newest reading.
+        groups: in a hub, cumulative CPU seconds of every group of its programs; None: this process is all there is.
     """
 
-    def __init__(self, ledger: Ledger, devices: Mapping[str, Device], moved: Callable[[], None], clock: Clock) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        devices: Mapping[str, Device],
+        moved: Callable[[], None],
+        clock: Clock,
+        groups: Callable[[], Mapping[EngineId, float]] | None = None,
+    ) -> None:
+        self._groups = groups
         self._ledger = ledger
         self._devices = devices
         self._moved = moved
@@ -58,9 +68,11 @@ class Readings:
 
     def cpu(self, t_ns: int, device_ids: Sequence[str], busy_s: float, host_busy_s: float) -> None:
         """CPU time of this process's tree and of the host."""
+        busy: Mapping[EngineId | None, float] = {None: busy_s} if self._groups is None else {**self._groups()}
         for device_id in device_ids:
             if self._devices[device_id].type in ("cpu", "memory"):
-                self._ledger.cpu(device_id, None, t_ns, busy_s, host_busy_s)
+                for engine, seconds in busy.items():
+                    self._ledger.cpu(device_id, engine, t_ns, seconds, host_busy_s)
 
     def failed(self, device_ids: Sequence[str], t_ns: int, reason: str) -> None:
         """A round failed: nothing of it was handed on."""

@@ -31,6 +31,7 @@ class RequestRecord:
         parent: the activity it is nested in, or None.
         compile_warmup: True: torch.compile worked while it ran, so time and joules are those of a warm-up as well.
         instrumented: False: only somebody else's span tells of it, whose instrumentation reports its tokens and times itself.
+        service, namespace: of the program that made it, where that is another one; None: of this one.
     """
 
     key: Key
@@ -58,6 +59,8 @@ class RequestRecord:
     parent: Key | None = None
     compile_warmup: bool = False
     instrumented: bool = True
+    service: str | None = None
+    namespace: str | None = None
 
     @property
     def duration_s(self) -> float:

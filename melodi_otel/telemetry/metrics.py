@@ -75,6 +75,9 @@ class Views:
         identity: ``service.name`` and ``service.namespace`` of the requests made here, where known.
         constant: attributes on every series, e.g. ``host.id`` where the resource lacks it.
         clip: a request's labels as metrics carry them, with the limit on values; None: those of ``metric_labels``.
+        counting: whether requests that finish now are counted here (``melodi.requests``); a hub counts those of its programs.
+        calls: whether the histograms of single requests are recorded here; on OTLP each program records its own.
+        whose: whether those carry the request's ``service.name`` and ``service.namespace``: on a page for several programs.
     """
 
     snapshot: Callable[[], Snapshot]
@@ -87,6 +90,9 @@ class Views:
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     constant: Mapping[str, str] = field(default_factory=dict[str, str])
     clip: Callable[[Mapping[str, str]], Iterable[tuple[str, str]]] | None = None
+    counting: Callable[[], bool] = lambda: True
+    calls: bool = True
+    whose: bool = False
 
     def clipped(self, labels: Mapping[str, str]) -> dict[str, str]:
         """The labels that a metric of requests carries."""
@@ -174,20 +180,27 @@ class Instruments:
         if views is None or record.kind != "request":
             return
         energy = record.energy
+        identity = {
+            **views.identity,
+            **_known({names.SERVICE_NAME: record.service, names.SERVICE_NAMESPACE: record.namespace}),
+        }
         call = {
+            **(identity if views.whose else {}),
             **views.constant,
             **_known({names.GEN_AI_OPERATION: record.operation, names.GEN_AI_PROVIDER: record.provider}),
             **_known({names.GEN_AI_REQUEST_MODEL: record.model}),
         }
         context = {"context": _context_of(record)} if self._exemplars else {}
-        if energy.total is not None:
+        if energy.total is not None and views.calls:
             attributes = {**call, **_known({names.SCOPE: energy.scope}), names.QUALITY: energy.quality}
             self._request_energy.record(max(0.0, energy.total), attributes, **context)
-        if record.instrumented:
+        if record.instrumented and views.calls:
             self._call(record, call, context)
+        if not views.counting():
+            return
         who = {
             **views.clipped(record.labels),
-            **views.identity,
+            **identity,
             **views.constant,
             **_known({names.GEN_AI_REQUEST_MODEL: record.model, names.GEN_AI_PROVIDER: record.provider}),
             names.REQUEST_OUTCOME: record.outcome,

@@ -1,0 +1,120 @@
+"""CPU time of a hub's programs: one figure per group of processes, read with the CPU meters.
+
+A group's processes are those that are connected, each with everything below it; one that stands below another connected one
+is in that one's tree already. Time of a process that has left stays counted: figures never fall.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from melodi_otel.attribution.evidence import WHOLE
+from melodi_otel.attribution.meter import EngineId
+from melodi_otel.processes import CpuTimes, ProcessClock
+
+log = logging.getLogger("melodi_otel")
+
+
+class GroupClocks:
+    """The clocks of all connected programs and, for its own energy, of the hub itself.
+
+    Args:
+        procfs: where the host's ``stat`` is.
+        processes: where the processes of this pid namespace are.
+        clock: makes the clock of a process.
+    """
+
+    def __init__(
+        self, procfs: str = "/proc", processes: str = "/proc", clock: Callable[[int], ProcessClock] | None = None
+    ) -> None:
+        self._root = Path(processes)
+        self._make = clock or (lambda pid: ProcessClock(procfs, pid, own_procfs=processes))
+        self._lock = threading.Lock()
+        self._own = ProcessClock(procfs)
+        self._clocks: dict[tuple[str, int], ProcessClock] = {}
+        self._connections: dict[tuple[str, int], int] = {}
+        self._first: dict[tuple[str, int], float] = {}
+        self._last: dict[tuple[str, int], float] = {}
+        self._nested: dict[int, bool] = {}
+        self._kept: dict[str, float] = {}
+
+    def add(self, group: str, pid: int) -> None:
+        """A process of ``group`` has connected; 0: one that cannot be seen from here, whose time stays unknown."""
+        if pid <= 0:
+            return
+        at = (group, pid)
+        with self._lock:
+            self._connections[at] = self._connections.get(at, 0) + 1
+            if at not in self._clocks:
+                self._clocks[at] = self._make(pid)
+                self._nested.clear()
+
+    def remove(self, group: str, pid: int) -> list[EngineId]:
+        """A connection of that process has ended; the series that have ended with it."""
+        at = (group, pid)
+        with self._lock:
+            left = self._connections.get(at, 0) - 1
+            if left > 0:
+                self._connections[at] = left
+                return []
+            self._connections.pop(at, None)
+            clock = self._clocks.pop(at, None)
+            if clock is None:
+                return []
+            clock.close()
+            self._nested.clear()
+            self._first.pop(at, None)
+            self._kept[group] = self._kept.get(group, 0.0) + self._last.pop(at, 0.0)
+            if any(other == group for other, _ in self._clocks):
+                return []
+            self._kept.pop(group, None)
+            return [EngineId(group, WHOLE)]
+
+    def read(self) -> CpuTimes | None:
+        """CPU seconds of the hub itself and of the host."""
+        return self._own.read()
+
+    def groups(self) -> Mapping[EngineId, float]:
+        """Cumulative CPU seconds by group, of those whose processes can be seen."""
+        found: dict[EngineId, float] = {}
+        with self._lock:
+            pids = {pid for _, pid in self._clocks}
+            for (group, pid), clock in self._clocks.items():
+                if pid not in self._nested:
+                    self._nested[pid] = self._inside(pid, pids)
+                if self._nested[pid]:
+                    continue
+                times = clock.read()
+                if times is not None:
+                    # From 0 on: what a process had used before it came is nothing that happened here.
+                    first = self._last.setdefault((group, -pid), times.busy_s)
+                    self._last[group, pid] = times.busy_s - first
+            for group, pid in self._clocks:
+                engine = EngineId(group, WHOLE)
+                found.setdefault(engine, self._kept.get(group, 0.0))
+                found[engine] += self._last.get((group, pid), 0.0)
+        return found
+
+    def close(self) -> None:
+        """Give descriptors back."""
+        with self._lock:
+            for clock in (self._own, *self._clocks.values()):
+                clock.close()
+            self._clocks.clear()
+
+    def _inside(self, pid: int, others: set[int]) -> bool:
+        """Whether it runs below another one of ``others``."""
+        for _ in range(64):
+            try:
+                stat = (self._root / str(pid) / "stat").read_bytes()
+            except OSError:
+                return False
+            pid = int(stat.rpartition(b")")[2].split()[1])
+            if pid <= 1:
+                return False
+            if pid in others:
+                return True
+        return False

@@ -1,0 +1,348 @@
+"""A metering station: the meters of this machine, the thread that reads them, the ledger, and the thread that settles.
+
+A program without a hub has one; a hub's process has one for everybody. It runs when it is first needed: a program that is
+served by a hub never opens a meter of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+from melodi_otel.attribution.books import Snapshot, Who
+from melodi_otel.attribution.closing import wait_s
+from melodi_otel.attribution.ledger import Ledger
+from melodi_otel.attribution.meter import Reason
+from melodi_otel.clock import Clock
+from melodi_otel.config import Config
+from melodi_otel.devices import Device
+from melodi_otel.errors import ConfigError
+from melodi_otel.group_clocks import GroupClocks
+from melodi_otel.processes import ProcessClock
+from melodi_otel.readings import Readings
+from melodi_otel.sampler import Sampler
+from melodi_otel.sources.base import Discovery, Forkable, Settings
+from melodi_otel.sources.discovery import describe, discover
+from melodi_otel.telemetry.metrics import Hardware
+from melodi_otel.trace.record import Recorder
+
+log = logging.getLogger("melodi_otel")
+
+_SPAN_WAIT_S: Final = 5.0
+
+
+class Station:
+    """The meters and the books of one process.
+
+    Args:
+        config: what it may do.
+        clock: its time.
+        environ: where visible devices are looked up.
+        who: makes the metric identity of a request.
+        sampled: called with the seconds of every round of readings.
+        turn: called on the settle thread before each settling.
+        later: open the meters on the settle thread instead of in :meth:`find`.
+        moved: called when a round of readings is in the ledger's inbox; None: the settle thread is woken.
+        clocks: in a hub, the CPU time of its programs; None: this process is the only one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        environ: Mapping[str, str],
+        *,
+        who: Callable[[str | None, Mapping[str, str]], Who],
+        sampled: Callable[[float], None],
+        turn: Callable[[], None] = lambda: None,
+        later: bool = False,
+        moved: Callable[[], None] | None = None,
+        clocks: GroupClocks | None = None,
+    ) -> None:
+        self.config: Final = config
+        self.clock: Final = clock
+        self.discovery = Discovery()
+        self._environ = environ
+        self._sampled = sampled
+        self._turn = turn
+        self._found: dict[str, Device] = {}
+        self._host: list[str] = []
+        self._span_wait_s = _SPAN_WAIT_S if config.span_wait is None else config.span_wait
+        self._recorder: Recorder | None = None
+        self.devices: Final[Mapping[str, Device]] = MappingProxyType(self._found)
+        self.ledger: Final = Ledger(
+            policy=config.static_policy,
+            host_devices=self._host,
+            engine_devices=config.engine_devices,
+            who=who,
+            watch=self._watch,
+        )
+        self._moved = threading.Event()
+        self._elsewhere = moved
+        self._clocks = clocks
+        groups = None if clocks is None else clocks.groups
+        self.readings: Final = Readings(self.ledger, self.devices, moved or self._moved.set, clock, groups)
+        self._later = later
+        self._stale = later
+        self._child = False
+        self._complete = threading.Event()
+        self.process = ProcessClock(config.procfs_root)
+        self.sampler = self._make_sampler()
+        self._settler: threading.Thread | None = None
+        self._stopping = False
+        self._started = False
+
+    # --- what it knows ------------------------------------------------------------------------------------------------
+
+    @property
+    def working(self) -> bool:
+        """Whether its threads run in this process."""
+        return self._settler is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether it was started and not stopped since."""
+        return self._started
+
+    def snapshot(self) -> Snapshot:
+        """The books as of the last settling."""
+        return self.ledger.snapshot()
+
+    def hardware(self) -> Hardware:
+        """What the meters show now."""
+        return self.readings.hardware(self.discovery, self.sampler)
+
+    def span_wait_s(self) -> float:
+        """The longest time that a span waits for its joules, in seconds."""
+        return self._span_wait_s
+
+    def why(self) -> Reason:
+        """The reason to give where a request has no share of any device."""
+        return "permission_denied" if self.denied() else "no_source"
+
+    def denied(self) -> bool:
+        """Whether there is a meter that may not be read."""
+        return any(refusal.state == "permission_denied" for refusal in self.discovery.refusals)
+
+    def wait_found(self, timeout: float) -> bool:
+        """Wait until meters that are looked for later are known; whether they are."""
+        return self._settler is None or self._complete.wait(timeout)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Open the meters of this machine.
+
+        Raises:
+            ConfigError: a name in ``MELODI_SOURCES`` is no source.
+        """
+        self._find()
+        self._stale = False
+        self._complete.set()
+
+    def postpone(self) -> None:
+        """Open the meters only when it begins, on the settle thread: a hub meters, and this station may never be needed."""
+        self._stale = True
+
+    def rest(self) -> None:
+        """Stop reading: another meter is used. :meth:`begin` starts anew, with the time between left out."""
+        if self._started:
+            self.end()
+            self.ledger.pause()
+            self._stale = True
+            self._complete = threading.Event()
+
+    def begin(self) -> None:
+        """Start sampling and settling; a second call does nothing.
+
+        Raises:
+            ConfigError: the trace file of ``MELODI_RECORD`` cannot be written.
+        """
+        if self._started:
+            return
+        if not self._stale:
+            self._open_recorder()
+        self._started = True
+        self._stopping = False
+        if not self._stale:
+            self._tell()
+        if self.discovery.sources:
+            # The first reading is a baseline: taken here, the first request is covered from its first instant.
+            self.sampler.tick()
+        self.run_threads()
+
+    def run_threads(self) -> None:
+        """The sampler's and the settling thread, where they do not run."""
+        if self.discovery.sources and not self._stale:
+            self.sampler.start()
+        if self._elsewhere is None and (self._settler is None or not self._settler.is_alive()):
+            self._settler = threading.Thread(target=self._settle, name="melodi-otel-settle", daemon=True)
+            self._settler.start()
+
+    def nudge(self) -> None:
+        """Settle now."""
+        (self._elsewhere or self._moved.set)()
+
+    def end(self) -> None:
+        """Read the meters once more, settle what is covered, give every meter back."""
+        if not self._started:
+            return
+        self._started = False
+        self.sampler.stop()
+        self._stop_settling()
+        self.ledger.flush(self.clock.monotonic_ns())
+        self.close()
+
+    def close(self) -> None:
+        """Give files and meters back."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self.process.close()
+        for source in self.discovery.sources:
+            source.close()
+
+    def forked(self) -> None:
+        """In a child: empty books, no threads, and meters that are opened anew when they are needed.
+
+        The parent settles, counts and exports what was open when it forked.
+        """
+        self._moved = threading.Event()
+        self.readings.forked(self._elsewhere or self._moved.set)
+        self._complete = threading.Event()
+        self._child = True
+        self._settler = None
+        self._stale = True
+        # Copies of descriptors would keep files open for as long as the child lives, whether it meters or not.
+        self.process.close()
+        for source in self.discovery.sources:
+            if isinstance(source, Forkable):
+                source.forked()
+        if self._recorder is not None:
+            self._recorder.forked()
+            self._recorder = None
+        self.ledger.tap(None)
+        self.ledger.reset()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _make_sampler(self) -> Sampler:
+        return Sampler(
+            self.discovery.sources,
+            self.readings,
+            self.clock,
+            cpu=self.process.read if self._clocks is None else self._clocks.read,
+            hz=self.config.sample_hz,
+            observe=lambda seconds, _late: self._sampled(seconds),
+        )
+
+    def _find(self) -> None:
+        self.discovery = discover(_settings(self.config, self.clock, self._environ), self.config.sources)
+        if not self._found:
+            self._found.update({device.id: _with_idle(device, self.config) for device in self.discovery.devices})
+            self._host += [device.id for device in self._found.values() if device.type in ("cpu", "memory")]
+            for device in reversed(self._found.values()):
+                self.ledger.device(device, ahead=True)  # before the requests that came meanwhile
+            if self.config.span_wait is None:
+                self._span_wait_s = max((wait_s(device) for device in self._found.values()), default=1.0)
+        self.sampler = self._make_sampler()
+
+    def _find_later(self) -> None:
+        """On the settle thread: the meters of a station that was made with ``later``, or a forked child's own.
+
+        A driver's handles do not survive a fork, and opening them takes time.
+        """
+        self._stale = False
+        self.process = ProcessClock(self.config.procfs_root)
+        try:
+            self._find()
+            if not self._child:
+                self._open_recorder()
+                self._tell()
+        except ConfigError as error:
+            log.error("melodi_otel: %s", error)
+        except Exception:
+            log.warning("melodi_otel: no meter can be used; requests go without joules", exc_info=True)
+        try:
+            if self.discovery.sources and not self._stopping:
+                self.sampler.start()
+                self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
+        finally:
+            self._complete.set()
+
+    def _tell(self) -> None:
+        # Without any meter the line says which variable would help, and is worth being seen.
+        log.log(logging.INFO if self.discovery.sources else logging.WARNING, "%s", describe(self.discovery))
+
+    def _open_recorder(self) -> None:
+        if self.config.record:
+            self._recorder = _recorder(self.config.record, self._host)
+            self.ledger.tap(self._recorder.tap)
+
+    def _settle(self) -> None:
+        if self._stale:
+            self._find_later()
+        while not self._stopping:
+            self._turn()
+            # Without a meter there is nothing to wait for but the requests themselves.
+            idle = 1.0 if self.discovery.sources or not self.ledger.waiting() else 0.05
+            self._moved.wait(idle)
+            self._moved.clear()
+            self.settle()
+
+    def settle(self) -> None:
+        """Settle once; never raises."""
+        try:
+            self.ledger.settle(self.clock.monotonic_ns())
+            self.record_out()
+        except Exception:
+            log.exception("melodi_otel: settling failed; it goes on with the next reading")
+
+    def record_out(self) -> None:
+        """Write what the recorder holds."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def _stop_settling(self) -> None:
+        self._stopping = True
+        self._moved.set()
+        if self._settler is not None and self._settler is not threading.current_thread():
+            self._settler.join(timeout=5.0)
+        self._settler = None
+
+    def _watch(self, open_count: int, t_ns: int) -> None:
+        # On the request's thread. After a fork nothing runs here yet: the child's first request starts it.
+        if self._settler is None and self._started and self._elsewhere is None:
+            self.run_threads()
+        self.sampler.activity(open_count, t_ns)
+        if not self.discovery.sources:
+            self._moved.set()
+
+
+def _settings(config: Config, clock: Clock, environ: Mapping[str, str]) -> Settings:
+    return Settings(
+        clock,
+        environ,
+        config.sysfs_root,
+        config.procfs_root,
+        config.nvml_library,
+        config.estimate_watts,
+        frozenset(config.sources),
+    )
+
+
+def _recorder(path: str, host_devices: Sequence[str]) -> Recorder:
+    try:
+        return Recorder(path, host_devices)
+    except OSError as error:
+        raise ConfigError(
+            f"MELODI_RECORD={path!r} cannot be used ({error.strerror}): allowed is a file that can be written"
+        ) from None
+
+
+def _with_idle(device: Device, config: Config) -> Device:
+    given = dict(config.idle_watts)
+    return replace(device, idle_watts=given[device.id]) if device.id in given else device
