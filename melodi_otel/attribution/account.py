@@ -80,7 +80,8 @@ class Account:
         if t1_ns <= t0_ns:
             return 1.0 if first <= t0_ns <= until else 0.0
         held = max(0, min(until, t1_ns) - max(first, t0_ns))
-        held -= sum(max(0, min(b, t1_ns) - max(a, t0_ns)) for a, b in self.lost)
+        if self.lost:
+            held -= sum(max(0, min(b, t1_ns) - max(a, t0_ns)) for a, b in self.lost)
         return max(0.0, held / (t1_ns - t0_ns))
 
     def had_reset(self, t0_ns: int, t1_ns: int) -> bool:

@@ -13,7 +13,7 @@ from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.evidence import Cumulative
-from melodi_otel.attribution.finishing import shares_of
+from melodi_otel.attribution.finishing import shares_of, shares_so_far
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
@@ -272,6 +272,18 @@ class Core:
         account = self.accounts.get(device)
         return None if account is None else account.timeline.between(t0_ns, t1_ns)
 
+    def accrued(self) -> dict[Key, list[Share]]:
+        """What named requests have accrued that are open or wait for their joules; those without any device are left out."""
+        found: dict[Key, list[Share]] = {}
+        for key, activity in self.roster.activities.items():
+            if activity.anonymous:
+                continue
+            engine = None if activity.engine is None else self.roster.engines.get(activity.engine)
+            shares = shares_so_far(activity, self.accounts, engine)
+            if shares:
+                found[key] = shares
+        return found
+
     def snapshot(self, now_ns: int) -> Snapshot:
         """An immutable copy of the books."""
         self.changed = False
@@ -364,7 +376,7 @@ class Core:
             return False
         if self.patience_ns is not None and now_ns > end + self.patience_ns:
             return True
-        for name in activity.on():
+        for name in activity.charged():
             account = self.accounts.get(name)
             if account is None or (account.gone and not account.waiting):
                 continue

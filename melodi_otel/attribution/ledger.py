@@ -288,6 +288,18 @@ class Ledger:
         """The books as of the last settling; immutable, free to read from any thread."""
         return self._snapshot
 
+    def accrued(self) -> dict[Key, list[Share]]:
+        """What every request has accrued that is open or closed and not settled yet, as provisional shares.
+
+        Over the intervals that were closed at the last :meth:`settle`, and made as final shares are; one per device on which
+        an interval has closed since the request was opened, so a request without any is left out, as are anonymous ones.
+        ``t1_ns`` is the time up to which the device's books are closed, or the request's end where that is earlier;
+        ``coverage`` relates to ``[t0_ns, t1_ns]``; ``final_ns`` is the time of those books, for nothing here is final: the
+        next call gives shares that take the place of these.
+        """
+        with self._lock:
+            return self._core.accrued()
+
     def between(self, device: str, t0_ns: int, t1_ns: int) -> float | None:
         """J that the whole device used in [t0, t1], whoever used them; None where that is not fully known."""
         with self._lock:
