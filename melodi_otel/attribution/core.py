@@ -229,6 +229,12 @@ class Core:
         """Whether intervals wait to be closed or requests for readings."""
         return self._moved or any(account.waiting for account in self.accounts.values())
 
+    def progress_wanted(self) -> bool:
+        """Whether the sensor has moved since the last settling and a request is open that could say how far it is."""
+        return self._moved and any(
+            activity.close_ns is None and not activity.anonymous for activity in self.roster.activities.values()
+        )
+
     def read_probes(self) -> list[tuple[Key, int]]:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []

@@ -266,6 +266,17 @@ class Ledger:
 
     # --- closing ---------------------------------------------------------------------------------------------------
 
+    def stir(self, now_ns: int) -> bool:
+        """Drain the inbox and close nothing: whether :meth:`settle` should wait for news of open requests.
+
+        True where the sensor has moved since the last settling and a request is open. A hub then asks its clients for their
+        counts, gives them a moment, and settles; what is never answered is settled all the same. May be called any number of
+        times; ``now_ns`` is the time of the question.
+        """
+        with self._lock, self._as_settler():
+            self._drain()
+            return self._core.progress_wanted()
+
     def settle(self, now_ns: int) -> None:
         """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot."""
         with self._lock, self._as_settler():

@@ -101,3 +101,39 @@ def test_joules_from_before_its_steps_named_a_device_stay_its_own() -> None:
     read(made, 3.0, "GPU-0", "GPU-1")
     assert {share.device: share.joules for share in future.result(0)} == {"GPU-0": 200.0, "GPU-1": 100.0}
     assert all(books.imbalance() == pytest.approx(0.0, abs=1e-9) for books in made.snapshot().books.values())
+
+
+def test_stir_asks_once_per_movement() -> None:
+    """News are wanted when the sensor has moved while a request is open, until the next settling, and then no more."""
+    made = ledger()
+    assert not made.stir(0)
+    made.counter("GPU-0", S, 100.0)
+    assert not made.stir(S)  # nobody is open
+    made.settle(S)
+    made.open(A, S, engine=ENGINE, devices=("GPU-0",))
+    assert not made.stir(S)  # nothing moved
+    made.counter("GPU-0", 2 * S, 200.0)
+    assert made.stir(2 * S)
+    assert made.stir(2 * S)
+    made.settle(2 * S)
+    assert not made.stir(2 * S)
+
+
+def test_settle_after_stir_closes_with_the_answers() -> None:
+    """Tokens that come between stir and settle count in the interval that stir saw, by slices: 30 tokens against 10."""
+    made = ledger()
+    b = Key("g", "b")
+    for key in (A, b):
+        made.open(key, 0, engine=ENGINE, devices=("GPU-0",))
+        made.progress(key, 0, 1, first_token_ns=0)
+    made.counter("GPU-0", S, 120.0)
+    assert made.stir(S)
+    assert made.snapshot().books == {}
+    made.progress(A, S, 31)
+    made.progress(b, S, 11)
+    made.settle(S)
+    mine, others = (made.accrued()[key][0] for key in (A, b))
+    assert (mine.method, mine.t1_ns, mine.static) == ("slice", S, 10.0)
+    assert mine.dynamic is not None and others.dynamic is not None
+    assert mine.dynamic + others.dynamic == pytest.approx(100.0, rel=1e-12)
+    assert mine.dynamic > 1.5 * others.dynamic
