@@ -10,10 +10,9 @@ from melodi_otel.attribution.activity import Accrual, Activity
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.meter import Quality, Reason, Share, Tier
 from melodi_otel.attribution.slices import tier_of
-from melodi_otel.attribution.summary import TIERS
+from melodi_otel.attribution.summary import FULL_COVERAGE, TIERS
 from melodi_otel.attribution.uncertainty import share_sigma
 
-FULL_COVERAGE: Final = 0.99
 WIDE: Final = 0.25
 """A share whose 1 sigma is above this part of it is called interpolated at best."""
 _EXACT: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process")
