@@ -12,11 +12,16 @@ from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
 from melodi_otel.attribution.late import Holder, Leavings
+from melodi_otel.attribution.state import Attributed, Booked, DeviceState
 from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Interval, Timeline
 
 TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
+
+
+RETURN_NS: Final = 5_000_000_000
+"""After a gap, requests that ran all the time take so long to be announced again: until then no interval counts as idle."""
 
 
 class Account:
@@ -33,7 +38,8 @@ class Account:
         self.closed_until: int | None = None
         self.last_work_ns: int | None = None
         self.gone = False
-        self.lost: list[tuple[int, int]] = []
+        self.learn_from_ns: int | None = None
+        self.lost: list[Interval] = []
         self.leavings = Leavings()
         self.interval_s = device.period_s or 0.1
         self.measured = 0.0
@@ -68,9 +74,51 @@ class Account:
         parts = {name: self.bucket(name) for name in BUCKETS}
         return Books(self.device.id, self.measured, self.settled, in_flight, **parts, residual=self.residual)
 
-    def lost_interval(self, interval: Interval) -> None:
-        """Time without known energy."""
-        self.lost.append((interval.t0_ns, interval.t1_ns))
+    def missed(self, gap: Interval) -> None:
+        """Time in which nobody sampled; its joules, where the counter shows them, are nobody's."""
+        self.lost.append(gap)
+        self.learn_from_ns = gap.t1_ns + RETURN_NS
+        self._unsampled(gap.joules or 0.0)
+
+    def state(self, in_flight: float) -> DeviceState:
+        """The account as the next process needs it; ``in_flight`` is what unsettled requests have accrued here."""
+        return DeviceState(
+            self.device,
+            self.measured,
+            self.settled,
+            in_flight,
+            self.residual,
+            tuple(Booked(bucket, holder, joules) for (bucket, holder), joules in self.buckets.items()),
+            tuple(Attributed(*at, joules) for at, joules in self.attributed.items()),
+            math.fsum(interval.joules or 0.0 for interval in self.waiting),
+            self.baseline.watts,
+            self.closed_until,
+            self.timeline.reading,
+        )
+
+    def restore(self, state: DeviceState) -> None:
+        """Continue the account of another process: its open requests are settled here, what was pending is nobody's."""
+        self.measured += state.measured
+        self.settled += state.settled + state.in_flight
+        self.residual += state.residual
+        for booked in state.buckets:
+            self.book(booked.bucket, booked.joules, booked.holder)
+        for part in state.attributed:
+            at = (part.who, part.phase, part.quality)
+            self.attributed[at] = self.attributed.get(at, 0.0) + part.joules
+        self._unsampled(state.pending)
+        if state.idle_watts is not None:
+            self.baseline.resume(state.idle_watts)
+        if state.closed_ns is not None and self.timeline.first_ns is None:
+            self.timeline.resume(state.closed_ns, state.reading)
+            self.begin()
+
+    def _unsampled(self, joules: float) -> None:
+        self.measured += joules
+        if self.device.type == "host":
+            self.residual += joules  # as all its joules: see IntervalCloser
+        else:
+            self.book("unsampled", joules, None)
 
     def coverage(self, t0_ns: int, t1_ns: int) -> float:
         """Part of [t0, t1] with known energy, 0..1."""
@@ -80,17 +128,18 @@ class Account:
         if t1_ns <= t0_ns:
             return 1.0 if first <= t0_ns <= until else 0.0
         held = max(0, min(until, t1_ns) - max(first, t0_ns))
-        held -= sum(max(0, min(b, t1_ns) - max(a, t0_ns)) for a, b in self.lost)
+        if self.lost:
+            held -= sum(max(0, min(lost.t1_ns, t1_ns) - max(lost.t0_ns, t0_ns)) for lost in self.lost)
         return max(0.0, held / (t1_ns - t0_ns))
 
     def had_reset(self, t0_ns: int, t1_ns: int) -> bool:
-        """Whether time without known energy lies in [t0, t1]."""
-        return any(a < t1_ns and b > t0_ns for a, b in self.lost)
+        """Whether readings that say nothing of their interval lie in [t0, t1]; a gap without readings is none."""
+        return any(lost.t0_ns < t1_ns and lost.t1_ns > t0_ns and not lost.gap for lost in self.lost)
 
     def forget_before(self, t_ns: int) -> None:
         """Lost stretches that no open request can reach any more."""
-        if self.lost and self.lost[0][1] < t_ns:
-            self.lost = [stretch for stretch in self.lost if stretch[1] >= t_ns]
+        if self.lost and self.lost[0].t1_ns < t_ns:
+            self.lost = [lost for lost in self.lost if lost.t1_ns >= t_ns]
 
     def steps_in(self, interval: Interval) -> list[Step]:
         """Steps that lie at least partly in the interval; those that ended before it are dropped."""
@@ -102,6 +151,8 @@ class Account:
         """Let an interval without work teach the idle power."""
         watts = interval.watts
         if watts is None or loading or foreign > 0.0:
+            return
+        if self.learn_from_ns is not None and interval.t0_ns < self.learn_from_ns:
             return
         if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
             return

@@ -146,6 +146,12 @@ class Activity:
         """The devices it is charged for: those of the steps that name it, else those it was opened with."""
         return tuple(self.step_devices) if self.step_devices else self.devices
 
+    def charged(self) -> tuple[str, ...]:
+        """:meth:`on`, and the devices on which it has accrued before its steps named others: those joules are its too."""
+        on = self.on()
+        more = [name for name, accrual in self.accruals.items() if name not in on and accrual.joules != 0.0]
+        return (*on, *more) if more else on
+
     def told(self, t_ns: int, output_tokens: int) -> None:
         """Progress: ``output_tokens`` at ``t_ns``; news that are older than what is known, or fewer, are left out."""
         if self.progress_t and (t_ns <= self.progress_t[-1] or output_tokens < self.progress_n[-1]):

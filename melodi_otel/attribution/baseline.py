@@ -25,6 +25,11 @@ class Baseline:
         self._seen = 0
         self.watts = given
 
+    def resume(self, watts: float) -> None:
+        """Go on from what another process has learnt; a given figure stays."""
+        if not self._given:
+            self._seen, self.watts = _WARM_UP, watts
+
     def observe(self, watts: float) -> None:
         """An interval without work had this mean power."""
         if self._given:

@@ -13,11 +13,12 @@ from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.evidence import Cumulative
-from melodi_otel.attribution.finishing import shares_of
+from melodi_otel.attribution.finishing import shares_of, shares_so_far
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.attribution.roster import ADOPT_NS, Roster
+from melodi_otel.attribution.state import State
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
 from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Between, Interval
@@ -50,6 +51,8 @@ class Core:
         self.host_devices = host_devices
         self.patience_ns = None if patience_s is None else round(patience_s * 1e9)
         self.accounts: dict[str, Account] = {}
+        # Devices of an earlier ledger that are not there now: their books stand still, and nobody waits for them.
+        self.absent: dict[str, Account] = {}
         self.roster = Roster()
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
@@ -68,7 +71,10 @@ class Core:
 
     def device(self, device: Device) -> None:
         if device.id not in self.accounts:
-            self.accounts[device.id] = Account(device)
+            account = self.accounts[device.id] = Account(device)
+            before = self.absent.pop(device.id, None)
+            if before is not None:
+                account.restore(before.state(0.0))
             self.changed = True
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
@@ -229,6 +235,12 @@ class Core:
         """Whether intervals wait to be closed or requests for readings."""
         return self._moved or any(account.waiting for account in self.accounts.values())
 
+    def progress_wanted(self) -> bool:
+        """Whether the sensor has moved since the last settling and a request is open that could say how far it is."""
+        return self._moved and any(
+            activity.close_ns is None and not activity.anonymous for activity in self.roster.activities.values()
+        )
+
     def read_probes(self) -> list[tuple[Key, int]]:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []
@@ -272,25 +284,62 @@ class Core:
         account = self.accounts.get(device)
         return None if account is None else account.timeline.between(t0_ns, t1_ns)
 
+    def accrued(self) -> dict[Key, list[Share]]:
+        """What named requests have accrued that are open or wait for their joules; those without any device are left out."""
+        found: dict[Key, list[Share]] = {}
+        for key, activity in self.roster.activities.items():
+            if activity.anonymous:
+                continue
+            engine = None if activity.engine is None else self.roster.engines.get(activity.engine)
+            shares = shares_so_far(activity, self.accounts, engine)
+            if shares:
+                found[key] = shares
+        return found
+
     def snapshot(self, now_ns: int) -> Snapshot:
         """An immutable copy of the books."""
         self.changed = False
-        in_flight: dict[str, float] = {}
+        accounts = {**self.absent, **self.accounts}
+        in_flight = self._in_flight()
         active: dict[Who, int] = {}
         for activity in self.roster.activities.values():
-            for device, accrual in activity.accruals.items():
-                in_flight[device] = in_flight.get(device, 0.0) + accrual.joules
             if activity.close_ns is None and not activity.anonymous:
                 active[activity.who] = active.get(activity.who, 0) + 1
         attributed: dict[tuple[str, Who, Phase, str], float] = {}
         unattributed: dict[tuple[str, Bucket, tuple[str, str] | None], float] = {}
-        for name, account in self.accounts.items():
+        for name, account in accounts.items():
             for (who, phase, quality), joules in account.attributed.items():
                 attributed[(name, who, phase, quality)] = joules
             for (bucket, holder), joules in account.buckets.items():
                 unattributed[(name, bucket, holder)] = joules
-        books = {name: account.books(in_flight.get(name, 0.0)) for name, account in self.accounts.items()}
+        books = {name: account.books(in_flight.get(name, 0.0)) for name, account in accounts.items()}
         return Snapshot(now_ns, books, attributed, unattributed, active)
+
+    def state(self, now_ns: int) -> State:
+        """What the next ledger needs to continue the books."""
+        in_flight = self._in_flight()
+        accounts = {**self.absent, **self.accounts}
+        return State(
+            now_ns,
+            tuple(account.state(in_flight.get(name, 0.0)) for name, account in accounts.items()),
+            tuple(share for shares in self.accrued().values() for share in shares),
+        )
+
+    def restore(self, state: State) -> None:
+        """Continue the books of another ledger."""
+        self.changed = True
+        for known in state.devices:
+            account = self.accounts.get(known.device.id)
+            if account is None:
+                account = self.absent[known.device.id] = Account(known.device)
+            account.restore(known)
+
+    def _in_flight(self) -> dict[str, float]:
+        held: dict[str, float] = {}
+        for activity in self.roster.activities.values():
+            for device, accrual in activity.accruals.items():
+                held[device] = held.get(device, 0.0) + accrual.joules
+        return held
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -356,7 +405,8 @@ class Core:
         self.changed = True
         self._closer.close(account, interval, engines)
         account.closed_until = interval.t1_ns
-        account.interval_s += 0.1 * ((interval.t1_ns - interval.t0_ns) / 1e9 - account.interval_s)
+        if not interval.gap:
+            account.interval_s += 0.1 * ((interval.t1_ns - interval.t0_ns) / 1e9 - account.interval_s)
 
     def _covered(self, activity: Activity, now_ns: int) -> bool:
         end = activity.end_ns or 0
@@ -364,7 +414,7 @@ class Core:
             return False
         if self.patience_ns is not None and now_ns > end + self.patience_ns:
             return True
-        for name in activity.on():
+        for name in activity.charged():
             account = self.accounts.get(name)
             if account is None or (account.gone and not account.waiting):
                 continue

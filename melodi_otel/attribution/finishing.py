@@ -10,10 +10,9 @@ from melodi_otel.attribution.activity import Accrual, Activity
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.meter import Quality, Reason, Share, Tier
 from melodi_otel.attribution.slices import tier_of
-from melodi_otel.attribution.summary import TIERS
+from melodi_otel.attribution.summary import FULL_COVERAGE, TIERS
 from melodi_otel.attribution.uncertainty import share_sigma
 
-FULL_COVERAGE: Final = 0.99
 WIDE: Final = 0.25
 """A share whose 1 sigma is above this part of it is called interpolated at best."""
 _EXACT: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process")
@@ -22,13 +21,43 @@ _EXACT: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process")
 def shares_of(
     activity: Activity, accounts: Mapping[str, Account], now_ns: int, engine: EngineState | None
 ) -> list[Share]:
-    """One share per device of ``activity``."""
-    mine = [accounts[name] for name in activity.on() if name in accounts]
-    world = engine.world if engine else None
-    gpus = sum(account.device.type == "gpu" for account in mine)
+    """One share per device of ``activity``, which has ended."""
+    end = activity.close_ns or activity.open_ns
+    seen = _seen(activity, accounts, engine)
+    mine = [accounts[name] for name in activity.charged() if name in accounts]
+    return [_share(activity, account, end, now_ns, seen if account.device.type == "gpu" else 1.0) for account in mine]
+
+
+def shares_so_far(activity: Activity, accounts: Mapping[str, Account], engine: EngineState | None) -> list[Share]:
+    """What ``activity`` has accrued, per device on which an interval has closed since its opening.
+
+    The same figures as :func:`shares_of` would give if it had ended when the device's books were closed last: ``t1_ns`` is
+    that time, or its end where that is earlier, and ``coverage`` is of the time up to it. ``final_ns`` is the time up to which
+    the books are closed. Work that is reported late has accrued nothing before it settles.
+    """
+    if activity.late is not None:
+        return []
+    seen = _seen(activity, accounts, engine)
+    found: list[Share] = []
+    for name in activity.charged():
+        account = accounts.get(name)
+        if account is None or account.closed_until is None:
+            continue
+        until = account.closed_until
+        if until <= activity.open_ns and name not in activity.accruals:
+            continue
+        end = max(activity.open_ns, until if activity.close_ns is None else min(activity.close_ns, until))
+        found.append(_share(activity, account, end, until, seen if account.device.type == "gpu" else 1.0))
+    return found
+
+
+def _seen(activity: Activity, accounts: Mapping[str, Account], engine: EngineState | None) -> float:
     # A group larger than what is seen here (several nodes): the GPUs that are seen are part of what the request used.
-    seen = min(1.0, gpus / world) if world and gpus else 1.0
-    return [_share(activity, account, now_ns, seen if account.device.type == "gpu" else 1.0) for account in mine]
+    world = engine.world if engine else None
+    if not world:
+        return 1.0
+    gpus = sum(accounts[name].device.type == "gpu" for name in activity.on() if name in accounts)
+    return min(1.0, gpus / world) if gpus else 1.0
 
 
 def rollup(activity: Activity, device: str) -> float:
@@ -37,8 +66,7 @@ def rollup(activity: Activity, device: str) -> float:
     return (own.joules if own else 0.0) + sum(rollup(child, device) for child in activity.nested)
 
 
-def _share(activity: Activity, account: Account, now_ns: int, seen: float) -> Share:
-    end = activity.close_ns or activity.open_ns
+def _share(activity: Activity, account: Account, end: int, now_ns: int, seen: float) -> Share:
     coverage = min(1.0, account.coverage(activity.open_ns, end))
     if activity.late is not None and end > activity.open_ns:
         # Where others were told of everything, it is not known what this request used.
@@ -107,6 +135,8 @@ def _unknown(activity: Activity, account: Account, end: int, now_ns: int) -> Sha
 
 
 def _method(activity: Activity, accrual: Accrual) -> Tier:
+    if len(accrual.tiers) == 1:
+        return next(iter(accrual.tiers))
     total = sum(abs(joules) for joules in accrual.tiers.values())
     enough = [tier for tier, joules in accrual.tiers.items() if abs(joules) >= 0.05 * total]
     if enough:

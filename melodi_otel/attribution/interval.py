@@ -43,8 +43,11 @@ class IntervalCloser:
 
     def close(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
         """Divide ``interval`` of the device; afterwards every measured joule of it is booked."""
+        if interval.gap:
+            account.missed(interval)
+            return
         if interval.joules is None:
-            account.lost_interval(interval)
+            account.lost.append(interval)
             return
         t0, t1, joules = interval.t0_ns, interval.t1_ns, interval.joules
         account.measured += joules

@@ -18,7 +18,6 @@ from typing import Any, Final
 from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.core import Core
 from melodi_otel.attribution.engines import Work
-from melodi_otel.attribution.finishing import FULL_COVERAGE
 from melodi_otel.attribution.meter import (
     Decode,
     EngineId,
@@ -33,6 +32,8 @@ from melodi_otel.attribution.meter import (
     Tier,
 )
 from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.state import State
+from melodi_otel.attribution.summary import FULL_COVERAGE
 from melodi_otel.attribution.weights import CostModel
 from melodi_otel.devices import Device
 
@@ -266,6 +267,17 @@ class Ledger:
 
     # --- closing ---------------------------------------------------------------------------------------------------
 
+    def stir(self, now_ns: int) -> bool:
+        """Drain the inbox and close nothing: whether :meth:`settle` should wait for news of open requests.
+
+        True where the sensor has moved since the last settling and a request is open. A hub then asks its clients for their
+        counts, gives them a moment, and settles; what is never answered is settled all the same. May be called any number of
+        times; ``now_ns`` is the time of the question.
+        """
+        with self._lock, self._as_settler():
+            self._drain()
+            return self._core.progress_wanted()
+
     def settle(self, now_ns: int) -> None:
         """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot."""
         with self._lock, self._as_settler():
@@ -287,6 +299,42 @@ class Ledger:
     def snapshot(self) -> Snapshot:
         """The books as of the last settling; immutable, free to read from any thread."""
         return self._snapshot
+
+    def accrued(self) -> dict[Key, list[Share]]:
+        """What every request has accrued that is open or closed and not settled yet, as provisional shares.
+
+        Over the intervals that were closed at the last :meth:`settle`, and made as final shares are; one per device on which
+        an interval has closed since the request was opened, so a request without any is left out, as are anonymous ones.
+        ``t1_ns`` is the time up to which the device's books are closed, or the request's end where that is earlier;
+        ``coverage`` relates to ``[t0_ns, t1_ns]``; ``final_ns`` is the time of those books, for nothing here is final: the
+        next call gives shares that take the place of these.
+        """
+        with self._lock:
+            return self._core.accrued()
+
+    def state(self, now_ns: int) -> State:
+        """The books as of the last :meth:`settle` and what unsettled requests have accrued, for :meth:`restore`.
+
+        Whoever lets requests know their accruals or final shares writes this down first: then a ledger that continues from
+        it gives no joule to a second request, whatever happens in between.
+        """
+        with self._lock:
+            return self._core.state(now_ns)
+
+    def restore(self, state: State) -> None:
+        """Continue the books of a ledger that is gone, from its ``state``, before the first reading.
+
+        Devices that are known by now go on from their accounts. What was in flight is settled: those requests keep the shares
+        in ``state.accrued``, are opened here anew for the time from now on, and
+        :func:`melodi_otel.attribution.merging.merge_shares` joins both parts. Joules that were pending, and those that the
+        counter shows for the time without a ledger, are ``unsampled``; that time lowers the coverage of who lived in it. A
+        device that is not known keeps its books, which stand still until it is. Where readings came first the books are
+        continued all the same, and the joules of the gap are in none. The state has to be of this boot of the machine.
+        """
+        with self._lock, self._as_settler():
+            self._drain()
+            self._core.restore(state)
+            self._snapshot = self._core.snapshot(state.t_ns)
 
     def between(self, device: str, t0_ns: int, t1_ns: int) -> float | None:
         """J that the whole device used in [t0, t1], whoever used them; None where that is not fully known."""

@@ -19,6 +19,8 @@ TIERS: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process", "phas
 """From the most to the least exact."""
 QUALITIES: Final[tuple[Quality, ...]] = ("measured", "interpolated", "estimated", "partial", "unavailable")
 """From the best to the worst."""
+FULL_COVERAGE: Final = 0.99
+"""With less of its time covered a share is partial."""
 _TYPES: Final = ("gpu", "cpu", "memory")
 
 

@@ -11,6 +11,16 @@ from typing import Final, Literal
 PLAUSIBLE_WATTS: Final = 5000.0
 """No single device draws more for a whole reading interval; a larger jump after a fall is a reset, not a wrap."""
 
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A good reading of a counter: ``joules`` at ``t_ns``; it wraps to 0 at ``range_j`` J (None: never)."""
+
+    t_ns: int
+    joules: float
+    range_j: float | None = None
+
+
 Event = Literal["first", "advanced", "wrapped", "reset"]
 
 
@@ -27,19 +37,33 @@ class Change:
     joules: float | None
 
 
+def turn_missed(joules: float, since_s: float, range_j: float | None) -> bool:
+    """Whether a counter that shows ``joules`` more after ``since_s`` could have gone round its whole range once more.
+
+    For long gaps only: between readings at a sensor's pace no turn can be missed.
+    """
+    return range_j is not None and joules + range_j <= PLAUSIBLE_WATTS * since_s
+
+
 class Counter:
-    """The last good reading of one counter."""
+    """The last good reading of one counter; ``last`` is that of another process whose readings it goes on from."""
 
-    __slots__ = ("_joules", "_t_ns")
+    __slots__ = ("_joules", "_range_j", "_t_ns")
 
-    def __init__(self) -> None:
-        self._joules: float | None = None
-        self._t_ns = 0
+    def __init__(self, last: Reading | None = None) -> None:
+        self._joules = None if last is None else last.joules
+        self._t_ns = 0 if last is None else last.t_ns
+        self._range_j = None if last is None else last.range_j
+
+    @property
+    def last(self) -> Reading | None:
+        """The last reading; None before the first."""
+        return None if self._joules is None else Reading(self._t_ns, self._joules, self._range_j)
 
     def read(self, t_ns: int, joules: float, range_j: float | None = None) -> Change:
         """Take the reading ``joules`` at ``t_ns``; ``range_j`` is where the counter wraps to 0 (None: never)."""
         before, since_s = self._joules, (t_ns - self._t_ns) / 1e9
-        self._joules, self._t_ns = joules, t_ns
+        self._joules, self._t_ns, self._range_j = joules, t_ns, range_j
         if before is None:
             return Change("first", None)
         if joules >= before:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from melodi_otel.timeline.counter import Counter
+from melodi_otel.timeline.counter import Counter, Reading, turn_missed
 from melodi_otel.timeline.gauge import Gauge
 
 DEFAULT_PERIOD_S: Final = 0.1
@@ -22,11 +22,15 @@ DEFAULT_PERIOD_S: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Energy of a device between two readings: ``joules`` in J, or None where it is not known."""
+    """Energy of a device between two readings: ``joules`` in J, or None where it is not known.
+
+    ``gap``: nobody sampled meanwhile and nobody listened to who was at work, so its joules, known or not, are no request's.
+    """
 
     t0_ns: int
     t1_ns: int
     joules: float | None
+    gap: bool = False
 
     @property
     def watts(self) -> float | None:
@@ -67,6 +71,8 @@ class Timeline:
         self._last_ns: int | None = None
         self._last_joules = 0.0
         self._unmoved_ns: int | None = None
+        self._resumed: Reading | None = None
+        self._gap = False
         self._starts: list[int] = []
         self._intervals: list[Interval] = []
         self._fresh: deque[Interval] = deque()
@@ -79,6 +85,20 @@ class Timeline:
         """Monotonic ns up to which energy is decided; None before the first reading."""
         return self._last_ns
 
+    @property
+    def reading(self) -> Reading | None:
+        """The last reading of the counter; None where there is none."""
+        return self._resumed if self._counter is None else self._counter.last
+
+    def resume(self, t_ns: int, last: Reading | None) -> None:
+        """Go on from a timeline of another process, before any reading.
+
+        What lies between ``t_ns`` and the first reading is a gap. Its joules are those that the counter has advanced since
+        its ``last`` reading, and not known where it was reset, could have turned round unseen, or is a gauge (None).
+        """
+        self._begin(t_ns)
+        self._resumed, self._gap = last, True
+
     def counter(self, t_ns: int, joules: float, range_j: float | None = None) -> bool:
         """Take a cumulative reading; whether it moved the timeline.
 
@@ -86,7 +106,9 @@ class Timeline:
         is held back, and the interval ends at the next change. One that stays longer is a true 0 J.
         """
         if self._counter is None:
-            self._counter = Counter()
+            self._counter = Counter(self._resumed if self._gap else None)
+            if self._gap and self._resumed is not None:
+                self._last_joules = self._resumed.joules
             self._hand_over(t_ns)
         if self._last_ns is not None and t_ns <= self._last_ns:
             return False
@@ -95,13 +117,17 @@ class Timeline:
             if t_ns - self._last_ns < hold_ns:
                 self._unmoved_ns = t_ns
                 return False
+        before = self._counter.last
         change = self._counter.read(t_ns, joules, range_j)
         self._last_joules = joules
         self._unmoved_ns = None
-        if change.event == "first":
+        gained = change.joules
+        if self._gap and before and gained is not None and turn_missed(gained, (t_ns - before.t_ns) / 1e9, range_j):
+            gained = None
+        if change.event == "first" and not self._gap:
             self._begin(t_ns)
             return False
-        self._append(t_ns, change.joules)
+        self._append(t_ns, gained)
         return True
 
     def gauge(self, t_ns: int, watts: float) -> bool:
@@ -113,10 +139,15 @@ class Timeline:
             return False
         if self._gauge is None:
             self._gauge = Gauge(self._window_ns)
+        if self._gap and self._last_ns is not None and t_ns - self._window_ns // 2 <= self._last_ns:
+            return False  # this part of the time is booked already
         moved = self._gauge.read(t_ns, watts)
         if moved is None:
             if self.first_ns is None:
                 self._begin(self._gauge.centre_ns)
+            elif self._gap:
+                self._append(self._gauge.centre_ns, None)
+                return True
             return False
         t1_ns, joules = moved
         self._append(t1_ns, joules)
@@ -181,13 +212,14 @@ class Timeline:
 
     def _hand_over(self, t_ns: int) -> None:
         # A counter that appears after gauge readings takes over where it starts; the gauge's last power bridges the rest.
-        if self._gauge is not None and self._last_ns is not None and t_ns > self._last_ns:
+        if self._gauge is not None and not self._gap and self._last_ns is not None and t_ns > self._last_ns:
             self._append(t_ns, self._gauge.watts * (t_ns - self._last_ns) / 1e9)
 
     def _append(self, t1_ns: int, joules: float | None) -> None:
         t0_ns = self._last_ns
         assert t0_ns is not None  # _begin has run: first readings never get here
-        interval = Interval(t0_ns, t1_ns, joules)
+        interval = Interval(t0_ns, t1_ns, joules, self._gap)
+        self._gap = False
         self._last_ns = t1_ns
         self._starts.append(t0_ns)
         self._intervals.append(interval)
