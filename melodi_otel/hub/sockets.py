@@ -19,11 +19,13 @@ import socket
 import stat
 import struct
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from melodi_otel.errors import HubError
+from melodi_otel.hub.directory import prepare, user_name
 from melodi_otel.hub.lock import Lock, take
 
 LONGEST: Final = 107 if sys.platform == "linux" else 103
@@ -97,16 +99,24 @@ class Listener(socket.socket):
             self._lock.release()
 
 
-def listen(path: Path | str, *, mode: int = 0o660, group: str | int | None = None, backlog: int = 128) -> Listener:
+def listen(
+    path: Path | str,
+    *,
+    mode: int = 0o660,
+    group: str | int | None = None,
+    backlog: int = 128,
+    owner: int | None = None,
+) -> Listener:
     """Listen on the Unix socket ``path``; whatever a dead hub left there is taken away.
 
-    Call it before threads start: it sets the process's umask for a moment.
+    Call it before threads start: for a moment it sets the process's umask and group.
 
     Args:
         path: an absolute path of at most :data:`LONGEST` bytes.
         mode: who may connect: write permission counts.
         group: the socket's group, by name or number; None: that of the process.
         backlog: how many may wait to be accepted.
+        owner: the uid that this process is going to become; the directory is made that user's.
 
     Raises:
         HubBusy: another process has it; ``pid`` names it where that is known.
@@ -114,7 +124,7 @@ def listen(path: Path | str, *, mode: int = 0o660, group: str | int | None = Non
     """
     where = _checked(Path(path))
     gid = _gid(group)
-    _directory(where.parent, mode)
+    prepare(where.parent, 0o755 if mode & 0o077 else 0o700, owner)  # it lets in whom the socket lets in
     lock = take(where)
     try:
         _clear(where)
@@ -159,9 +169,8 @@ def connect(path: Path | str, timeout: float, *, system: Path = SYSTEM) -> socke
         raise ConnectRefused(Refusal("absent", "this system has no Unix sockets"))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(timeout)
         try:
-            connection.connect(str(where))
+            _patiently(connection, where, timeout)
         except OSError as error:
             raise ConnectRefused(_refusal(where, error)) from None
         refusal = _stranger(where, peer(connection), system)
@@ -213,40 +222,6 @@ def _gid(group: str | int | None) -> int | None:
         ) from None
 
 
-def _directory(directory: Path, mode: int) -> None:
-    own = 0o755 if mode & 0o077 else 0o700  # it lets in whom the socket lets in
-    try:
-        directory.mkdir(mode=own, parents=True)
-        directory.chmod(own)  # whatever the umask took
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise HubError(
-            f"the directory {directory} cannot be made: {error.strerror}",
-            fix="start it as root, or name a socket elsewhere",
-            state="permission_denied",
-        ) from None
-    try:
-        found = directory.stat()
-    except OSError as error:
-        raise HubError(f"the directory {directory} cannot be used: {error.strerror}", state="bad_path") from None
-    if not stat.S_ISDIR(found.st_mode):
-        raise HubError(f"{directory} is not a directory", fix="name a socket elsewhere", state="bad_path")
-    if found.st_uid not in (0, os.geteuid()):
-        # Whoever owns the directory may put something else in the socket's place between two of our calls.
-        raise HubError(
-            f"the directory {directory} belongs to {_user(found.st_uid)}, who could take the socket's place",
-            fix=f"start it as {_user(found.st_uid)}, or name a socket elsewhere",
-            state="foreign_owner",
-        )
-    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-        raise HubError(
-            f"the directory {directory} may be written to by others (mode {stat.S_IMODE(found.st_mode):04o})",
-            fix=f"chmod go-w {directory}",
-            state="foreign_owner",
-        )
-
-
 def _clear(path: Path) -> None:
     """Take away what a dead hub left; called with the lock held, so no living one has it."""
     try:
@@ -259,8 +234,8 @@ def _clear(path: Path) -> None:
         raise HubError(f"{path} is there and is no socket", fix="move it away, or name another path", state="bad_path")
     if found.st_uid != os.geteuid():
         raise HubError(
-            f"the socket {path} belongs to {_user(found.st_uid)}",
-            fix=f"if nothing of {_user(found.st_uid)} runs there: rm {path}",
+            f"the socket {path} belongs to {user_name(found.st_uid)}",
+            fix=f"if nothing of {user_name(found.st_uid)} runs there: rm {path}",
             state="foreign_owner",
         )
     try:
@@ -275,17 +250,15 @@ def _bound(path: Path, mode: int, gid: int | None, backlog: int) -> Listener:
     listener = Listener(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.path = path
     try:
-        before = os.umask(0o777 & ~mode)
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            raise HubError(
-                f"the socket {path} cannot be made: {error.strerror}",
-                fix="start it as root, or name a socket elsewhere",
-                state="permission_denied",
-            ) from None
-        finally:
-            os.umask(before)
+        with _born(mode, gid):
+            try:
+                listener.bind(str(path))
+            except OSError as error:
+                raise HubError(
+                    f"the socket {path} cannot be made: {error.strerror}",
+                    fix="start it as root, or name a socket elsewhere",
+                    state="permission_denied",
+                ) from None
         listener._inode, listener._owner = _identity(path.lstat()), os.getpid()
         if gid is not None and path.lstat().st_gid != gid:
             try:
@@ -303,14 +276,52 @@ def _bound(path: Path, mode: int, gid: int | None, backlog: int) -> Listener:
     return listener
 
 
+@contextlib.contextmanager
+def _born(mode: int, gid: int | None) -> Generator[None]:
+    """Files made meanwhile have this mode and, where we may choose it, this group: nothing is put right by path later, when
+    something else could lie there.
+    """
+    mask, own = os.umask(0o777 & ~mode), os.getegid()
+    try:
+        if gid not in (None, own):
+            with contextlib.suppress(PermissionError):
+                os.setegid(gid or 0)
+        try:
+            yield
+        finally:
+            if os.getegid() != own:
+                os.setegid(own)
+    finally:
+        os.umask(mask)
+
+
 # --- meeting it ---------------------------------------------------------------------------------------------------------
+
+
+def _patiently(connection: socket.socket, path: Path, timeout: float) -> None:
+    """Connect; while the queue is full, wait for a place in it.
+
+    Raises:
+        OSError: not connected.
+    """
+    if sys.platform != "linux":
+        connection.settimeout(timeout)
+        connection.connect(str(path))
+        return
+    # A non-blocking connect to a full queue fails at once on Linux, so a burst of programs would be turned away: the kernel's
+    # own send timeout waits.
+    seconds, part = divmod(max(timeout, 0.000001), 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(part * 1e6)))
+    connection.connect(str(path))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+    connection.settimeout(timeout)
 
 
 def _stranger(path: Path, listens: Peer | None, system: Path) -> Refusal | None:
     own = os.geteuid() if hasattr(os, "geteuid") else -1
     if listens is not None and (listens.uid in (0, own) or listens.uid == _named_by_root(path, system)):
         return None
-    who = "somebody this system does not name" if listens is None else _user(listens.uid)
+    who = "somebody this system does not name" if listens is None else user_name(listens.uid)
     return Refusal(
         "foreign_owner",
         f"{who} listens on {path}: it is not asked, for it could tell anything and would hear everything",
@@ -364,7 +375,9 @@ def _denied(path: Path) -> Refusal:
         return Refusal("permission_denied", f"{path} may not be reached")
     if closed != path:  # lstat of what is below failed: this directory may not be passed
         return Refusal(
-            "permission_denied", f"the directory {closed} of {_user(found.st_uid)} may not be entered", "ask its owner"
+            "permission_denied",
+            f"the directory {closed} of {user_name(found.st_uid)} may not be entered",
+            "ask its owner",
         )
     try:
         me = pwd.getpwuid(os.geteuid()).pw_name
@@ -374,7 +387,7 @@ def _denied(path: Path) -> Refusal:
     if not found.st_mode & stat.S_IWGRP or found.st_gid == 0:
         return Refusal(
             "permission_denied",
-            f"only {_user(found.st_uid)} may connect to {path}",
+            f"only {user_name(found.st_uid)} may connect to {path}",
             "start the agent with --socket-group GROUP and join that group",
         )
     try:
@@ -396,15 +409,6 @@ def _is_socket(path: Path) -> bool:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
-
-
-def _user(uid: int) -> str:
-    import pwd
-
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"
 
 
 def _group(gid: int) -> str:
