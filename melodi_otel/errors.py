@@ -9,6 +9,8 @@
      │   ├─ Refused          it will not work here: reason + the fix (permissions, missing library, no device)
      │   ├─ Transient        this reading failed, the next may work: the round is not committed
      │   └─ Gone             the device or its driver left: stop asking
+     ├─ HubError             a hub's socket or privileges: reason + the fix
+     │   └─ HubBusy          another process is the hub there
      └─ TraceError           a trace file cannot be used: file, line, what was expected
 
 None of these reaches the instrumented application from a telemetry path: they are raised at start-up, on the command
@@ -61,6 +63,30 @@ class Gone(SourceError):
     def __init__(self, message: str, device: str | None = None) -> None:
         super().__init__(message)
         self.device = device
+
+
+class HubError(MelodiError):
+    """A hub cannot be what it was asked to be, or cannot be reached.
+
+    Args:
+        reason: what is wrong and where, in one sentence.
+        fix: what to do about it, with the exact command; empty where nothing helps.
+        state: a closed name for programs, e.g. ``permission_denied``, ``foreign_owner``, ``bad_path``, ``threads``.
+    """
+
+    def __init__(self, reason: str, *, fix: str = "", state: str = "refused") -> None:
+        super().__init__(f"{reason}; to repair: {fix}" if fix else reason)
+        self.reason = reason
+        self.fix = fix
+        self.state = state
+
+
+class HubBusy(HubError):
+    """Another process is the hub there; ``pid`` is None where it cannot be seen."""
+
+    def __init__(self, reason: str, *, fix: str = "", pid: int | None = None) -> None:
+        super().__init__(reason, fix=fix, state="busy")
+        self.pid = pid
 
 
 class TraceError(MelodiError):

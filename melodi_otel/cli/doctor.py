@@ -14,8 +14,10 @@ from typing import Any
 
 import typer
 
+from melodi_otel.cli import doctor_hub
 from melodi_otel.config import INTERNAL, VARIABLES, Config
 from melodi_otel.errors import ConfigError
+from melodi_otel.hub.presence import Presence
 from melodi_otel.identity import Identity, identify
 from melodi_otel.sources.base import Discovery
 
@@ -34,6 +36,10 @@ def doctor(
 
     Exit codes: 0 something measures, 3 nothing does, 4 joules are only estimated, 2 a MELODI_* value cannot be used.
     """
+    from melodi_otel.hub.presence import look
+    from melodi_otel.identity import Places
+    from melodi_otel.identity.containers import surroundings
+    from melodi_otel.publishing import NAME
     from melodi_otel.runtime import Runtime
     from melodi_otel.sources.discovery import gpus_of
     from melodi_otel.telemetry.detector import find
@@ -46,7 +52,9 @@ def doctor(
         raise typer.Exit(2) from None
     try:
         identity = find(config, os.environ, *gpus_of(runtime.discovery))
-        report = examine(config, runtime.discovery, os.environ, identity=identity)
+        inside = surroundings(Places(), os.environ).container
+        hubs = look(config.hub, os.environ, NAME, container=inside)
+        report = examine(config, runtime.discovery, os.environ, identity=identity, hubs=hubs)
     finally:
         runtime.shutdown()
     if as_json:
@@ -63,6 +71,7 @@ def examine(
     find: Callable[[str], str | None] | None = None,
     *,
     identity: Identity | None = None,
+    hubs: Presence | None = None,
 ) -> dict[str, Any]:
     """Everything that ``doctor`` knows, as JSON-able data.
 
@@ -72,6 +81,7 @@ def examine(
         environ: the environment, for the variables that are set.
         find: version of a module that can be imported, or None; default: the installed ones.
         identity: whose energy it is; None: what is known of this process.
+        hubs: the hubs that were looked for; None: none were.
     """
     find = find or installed
     identity = identity or identify(environ, host_id=config.host_id)
@@ -91,6 +101,7 @@ def examine(
             for name, value in identity.attributes.items()
         },
         "identity_notes": list(identity.notes),
+        "hub": None if hubs is None else doctor_hub.as_data(hubs),
         "variables": {
             "set": {name: VARIABLES[name].shown(environ[name]) for name in sorted(environ) if name in VARIABLES},
             "unknown": sorted(
@@ -201,6 +212,10 @@ def show(report: Mapping[str, Any]) -> None:
         screen.print(f"  {name}: {value} ({fact['from']})", markup=False, soft_wrap=True)
     for note in report["identity_notes"]:
         screen.print(f"  {note}", markup=False, soft_wrap=True)
+    if report["hub"] is not None:
+        screen.print("Hub", style="bold")
+        for line in doctor_hub.lines(report["hub"]):
+            screen.print(f"  {line}", markup=False, soft_wrap=True)
     screen.print("Settings", style="bold")
     for name, value in report["variables"]["set"].items():
         screen.print(f"  {name}={value}", markup=False, soft_wrap=True)
