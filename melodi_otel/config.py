@@ -290,7 +290,10 @@ GROUP_VARIABLE: Final = "MELODI_GROUP_TOKEN"
 SERVER_VARIABLE: Final = "MELODI_METRICS_SERVER"
 """``PID@HOST:PORT`` of the process that serves metrics; its children leave that address to it."""
 
-INTERNAL: Final = frozenset({GROUP_VARIABLE, SERVER_VARIABLE, "MELODI_FAKE_NVML_STATE"})
+LINGER_VARIABLE: Final = "MELODI_HUB_LINGER"
+"""Seconds that a shared hub stays without programs; for the tests."""
+
+INTERNAL: Final = frozenset({GROUP_VARIABLE, SERVER_VARIABLE, LINGER_VARIABLE, "MELODI_FAKE_NVML_STATE"})
 """Names that processes of this project and its test kit hand to their children; not for users."""
 
 

@@ -6,13 +6,17 @@ agent`` is the host's. Both are one :class:`HubProcess`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import secrets
+import signal
 import socket
+import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,13 +26,14 @@ from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.attribution.summary import unavailable
 from melodi_otel.clock import Clock, SystemClock
-from melodi_otel.config import Config
+from melodi_otel.config import LINGER_VARIABLE, Config
+from melodi_otel.errors import ConfigError, HubBusy, HubError
 from melodi_otel.group_clocks import GroupClocks
 from melodi_otel.hub import wire
 from melodi_otel.hub.journal import Journal
 from melodi_otel.hub.server import Host, Server
 from melodi_otel.hub.session import Session
-from melodi_otel.hub.sockets import peer
+from melodi_otel.hub.sockets import listen, peer
 from melodi_otel.publishing import Publisher
 from melodi_otel.sources.discovery import gpus_of
 from melodi_otel.station import Station
@@ -77,6 +82,8 @@ class HubProcess:
         self._environ = environ
         self._listener = listener
         self._linger_s = linger_s
+        path = getattr(listener, "path", None)
+        self._address = None if path is None else path.with_name(f"{path.name}.metrics")
         self._clock: Clock = clock or SystemClock()
         self._journal = Journal(journal, now=self._clock.monotonic_ns)
         self._whose = Whose(config)
@@ -173,6 +180,9 @@ class HubProcess:
             self._meters.close()
         if self._endpoint is not None:
             self._endpoint.close()
+            if self._address is not None:
+                with contextlib.suppress(OSError):
+                    self._address.unlink(missing_ok=True)
         if self._scrape is not None:
             self._scrape.close()
         self._publisher.close()
@@ -208,9 +218,8 @@ class HubProcess:
             return {}
         self.station.ledger.restore(page.state)
         known: dict[Key, tuple[bool, list[Share]]] = {}
-        for shares in page.state.shares:
-            if shares:
-                known[shares[0].key] = (False, list(shares))
+        for share in page.state.accrued:
+            known.setdefault(share.key, (False, []))[1].append(share)
         for promise in page.promises:
             known[Key(promise.group, promise.request)] = (True, promise.shares)
         log.info("the books of the hub before this one are gone on with")
@@ -236,6 +245,13 @@ class HubProcess:
             self._scrape = ScrapePipeline(replace(views, calls=True, whose=True), resource)
             self._observers.append(self._scrape.instruments)
             self._endpoint = serve(config.metrics_addr, self._scrape.registry)
+            self._tell_address()
+
+    def _tell_address(self) -> None:
+        """Write beside the socket where the page is, for people and for ``top``."""
+        if self._address is not None and self.endpoint_url is not None:
+            with contextlib.suppress(OSError):
+                self._address.write_text(f"{self.endpoint_url}\n", encoding="utf-8")
 
     def _moved(self) -> None:
         if self.server is not None:
@@ -304,3 +320,49 @@ def _record(group: str, hello: wire.Hello, told: wire.Observed) -> RequestRecord
 def _peer(sock: socket.socket) -> tuple[int, int | None]:
     found = peer(sock)
     return (0, None) if found is None else (found.pid, found.uid)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``python -m melodi_otel.runtime hub PATH``: a user's shared hub; the exit code.
+
+    0: it ended as it should, or another one is there already; 2: it cannot be one. What it says is in ``PATH.log``.
+    """
+    if len(arguments) != 2 or arguments[0] != "hub":
+        print("usage: python -m melodi_otel.runtime hub PATH", file=sys.stderr)
+        return 2
+    path = Path(arguments[1])
+    try:
+        listener = listen(path, mode=0o600)
+    except HubBusy:
+        return 0  # two programs started one at the same time
+    except HubError as error:
+        print(f"melodi-otel: {error}", file=sys.stderr)
+        return 2
+    handler = RotatingFileHandler(path.with_name(f"{path.name}.log"), maxBytes=1 << 20, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        linger_s = float(os.environ.get(LINGER_VARIABLE) or LINGER_S)
+        config = Config.from_env(os.environ)
+        hub = HubProcess(
+            config,
+            os.environ,
+            listener,
+            mode="shared",
+            journal=path.with_name(f"{path.name}.journal"),
+            linger_s=linger_s,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: hub.request_stop())
+        hub.start()
+        log.info("a shared hub serves at %s", path)
+        hub.wait()
+        hub.close()
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    finally:
+        listener.close()
+        handler.close()
+    return 0

@@ -354,7 +354,7 @@ class Runtime:
         self.station.end()
         self.calls.close()
         if self._moving is not None:
-            self._moving.close(timeout)
+            self._moving.end(timeout)
             self.calls.close()
         self._tracers.unwrap()
         self._meters.close()

@@ -325,6 +325,11 @@ class Core:
             tuple(share for shares in self.accrued().values() for share in shares),
         )
 
+    def pause(self) -> None:
+        """Another meter goes on: see :meth:`melodi_otel.attribution.ledger.Ledger.pause`."""
+        for account in self.accounts.values():
+            account.timeline.pause()
+
     def restore(self, state: State) -> None:
         """Continue the books of another ledger."""
         self.changed = True

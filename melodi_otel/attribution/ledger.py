@@ -321,6 +321,15 @@ class Ledger:
         with self._lock:
             return self._core.state(now_ns)
 
+    def pause(self) -> None:
+        """The meters are not read any more; readings that come later are a new beginning, with a gap before it.
+
+        What the machine used meanwhile is in the books of another meter, and so never in these.
+        """
+        with self._lock, self._as_settler():
+            self._drain()
+            self._core.pause()
+
     def restore(self, state: State) -> None:
         """Continue the books of a ledger that is gone, from its ``state``, before the first reading.
 

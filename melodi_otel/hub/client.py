@@ -137,7 +137,9 @@ class HubClient:
         """What the hub measures, by ``hw.id``; empty before it has answered."""
         return {} if self.hub is None else {device.id: device for device in self.hub.devices}
 
-    def become(self, welcomed: Callable[[wire.Welcome, Mapping[str, Told]], None], lost: Callable[[HubClient, str], None]) -> None:
+    def become(
+        self, welcomed: Callable[[wire.Welcome, Mapping[str, Told]], None], lost: Callable[[HubClient, str], None]
+    ) -> None:
         """From now on tell others of what happens to the connection."""
         self._welcomed, self._lost = welcomed, lost
 

@@ -63,9 +63,7 @@ class Journal:
         now: monotonic ns.
     """
 
-    def __init__(
-        self, path: Path | None, boot: str | None = None, now: Callable[[], int] = time.monotonic_ns
-    ) -> None:
+    def __init__(self, path: Path | None, boot: str | None = None, now: Callable[[], int] = time.monotonic_ns) -> None:
         self._path = path
         self._boot = boot_id() if boot is None else boot
         self._now = now

@@ -24,11 +24,7 @@ START_S: Final = 15.0
 SERVICE: Final = "melodi-otel-hub"
 
 _BETWEEN: Final = (
-    "import os, sys\n"
-    "if os.fork() == 0:\n"
-    "    os.setsid()\n"
-    "    os.execv(sys.argv[1], sys.argv[1:])\n"
-    "os._exit(0)\n"
+    "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos._exit(0)\n"
 )
 _PRIVATE: Final = frozenset(
     {

@@ -175,8 +175,8 @@ class MovingMeter:
             time.sleep(0.001)  # the next one may take its place just now
         return self.is_local or client is not None and client.hub is not None
 
-    def close(self, timeout: float) -> None:
-        """Hang up on every hub."""
+    def end(self, timeout: float) -> None:
+        """Hang up on every hub; waits at most ``timeout`` seconds for each."""
         with self._lock:
             clients = [*self._leaving, *([self.hub] if self.hub else []), *([self._rising] if self._rising else [])]
             self._leaving, self._rising = [], None

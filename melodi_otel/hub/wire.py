@@ -40,7 +40,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
 # --- from a program to its hub -----------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag=1):
+class Hello(Message, tag=1, frozen=True):
     """The first message of a connection.
 
     Attributes:
@@ -66,7 +66,7 @@ class Hello(Message, tag=1):
     resume: list[Text]
 
 
-class EngineTold(Message, tag=2):
+class EngineTold(Message, tag=2, frozen=True):
     """See :meth:`melodi_otel.attribution.meter.Meter.engine`; ``facts`` in the order of its last seven arguments."""
 
     number: Count
@@ -79,7 +79,7 @@ class EngineTold(Message, tag=2):
     facts: tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
 
-class Opened(Message, tag=3):
+class Opened(Message, tag=3, frozen=True):
     """See :meth:`melodi_otel.attribution.meter.Meter.open`; ``engine`` and ``parent`` are of the same group.
 
     ``probed``: the program answers :class:`Ask` for it. ``threaded``: a thread of its own computes it.
@@ -99,14 +99,14 @@ class Opened(Message, tag=3):
     late: Late | None
 
 
-class Bound(Message, tag=4):
+class Bound(Message, tag=4, frozen=True):
     """``child`` stands for ``request`` in steps."""
 
     request: Text
     child: Text
 
 
-class Progressed(Message, tag=5):
+class Progressed(Message, tag=5, frozen=True):
     """Output tokens so far."""
 
     request: Text
@@ -117,7 +117,7 @@ class Progressed(Message, tag=5):
     cached_tokens: Count | None = None
 
 
-class Stepped(Message, tag=6):
+class Stepped(Message, tag=6, frozen=True):
     """One engine step as a difference to the one before; see :meth:`melodi_otel.attribution.meter.Meter.step`."""
 
     engine: Count
@@ -133,7 +133,7 @@ class Stepped(Message, tag=6):
     left: list[Text]
 
 
-class Closed(Message, tag=7):
+class Closed(Message, tag=7, frozen=True):
     """The request ended; its joules are awaited."""
 
     request: Text
@@ -145,20 +145,20 @@ class Closed(Message, tag=7):
     cached_tokens: Count | None
 
 
-class Forgone(Message, tag=8):
+class Forgone(Message, tag=8, frozen=True):
     """Nobody waits for the joules of this request any more: its span said ``unavailable``."""
 
     request: Text
 
 
-class Unseen(Message, tag=9):
+class Unseen(Message, tag=9, frozen=True):
     """``change`` more pieces of work run that will be reported late."""
 
     t_ns: Time
     change: int
 
 
-class Observed(Message, tag=10):
+class Observed(Message, tag=10, frozen=True):
     """A finished request as metrics show it; see :class:`melodi_otel.attribution.record.RequestRecord`."""
 
     request: Text
@@ -181,19 +181,19 @@ class Observed(Message, tag=10):
     labels: dict[Text, Text]
 
 
-class Answered(Message, tag=11):
+class Answered(Message, tag=11, frozen=True):
     """All progress that was known when :class:`Ask` number ``ask`` arrived has been sent."""
 
     ask: int
 
 
-class Got(Message, tag=12):
+class Got(Message, tag=12, frozen=True):
     """Everything up to :class:`Settled` number ``settled`` has arrived: the hub need not keep it any more."""
 
     settled: int
 
 
-class Between(Message, tag=13):
+class Between(Message, tag=13, frozen=True):
     """What did the whole device use in this time?"""
 
     question: Count
@@ -202,7 +202,7 @@ class Between(Message, tag=13):
     t1_ns: Time
 
 
-class StatusAsked(Message, tag=14):
+class StatusAsked(Message, tag=14, frozen=True):
     """What does the hub's status page show?"""
 
     question: Count
@@ -219,7 +219,7 @@ class Told(msgspec.Struct, array_like=True, frozen=True):
     shares: list[Share]
 
 
-class Welcome(Message, tag=33):
+class Welcome(Message, tag=33, frozen=True):
     """The answer to :class:`Hello`.
 
     Attributes:
@@ -245,48 +245,48 @@ class Welcome(Message, tag=33):
     whole: bool
 
 
-class Refused(Message, tag=34):
+class Refused(Message, tag=34, frozen=True):
     """The connection ends, and why."""
 
     code: str
     text: str
 
 
-class Ask(Message, tag=35):
+class Ask(Message, tag=35, frozen=True):
     """The sensor moved: send the progress of every request that you opened as ``probed``, then :class:`Answered`."""
 
     ask: int
 
 
-class Settled(Message, tag=36):
+class Settled(Message, tag=36, frozen=True):
     """Requests whose joules are final, to be acknowledged by :class:`Got`."""
 
     number: int
     told: list[Told]
 
 
-class Accrued(Message, tag=37):
+class Accrued(Message, tag=37, frozen=True):
     """Sign of life, at least twice a second; from time to time with the joules of open requests so far."""
 
     t_ns: int
     told: list[Told]
 
 
-class Resumed(Message, tag=40):
+class Resumed(Message, tag=40, frozen=True):
     """More of what :class:`Welcome` began; ``whole``: now that is all."""
 
     resumed: list[Told]
     whole: bool
 
 
-class BetweenAnswered(Message, tag=38):
+class BetweenAnswered(Message, tag=38, frozen=True):
     """J, or None where that is not known."""
 
     question: int
     joules: float | None
 
 
-class StatusAnswered(Message, tag=39):
+class StatusAnswered(Message, tag=39, frozen=True):
     """The status page's JSON text."""
 
     question: int

@@ -90,6 +90,13 @@ class Timeline:
         """The last reading of the counter; None where there is none."""
         return self._resumed if self._counter is None else self._counter.last
 
+    def pause(self) -> None:
+        """Nobody reads from here on: the next reading is a baseline, and what lies between is not known here."""
+        if self._last_ns is not None:
+            self._counter = self._gauge = None
+            self._unmoved_ns = None
+            self.resume(self._last_ns, None)
+
     def resume(self, t_ns: int, last: Reading | None) -> None:
         """Go on from a timeline of another process, before any reading.
 
