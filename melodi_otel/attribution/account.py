@@ -157,6 +157,8 @@ class Account:
         if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
             return
         cores = self.cpu.busy_cores(interval.t0_ns, interval.t1_ns)
+        if cores is None and self.cpu.told:
+            return  # somebody read the CPU's time, and not of this interval: it may have been a busy one
         if cores is not None and cores > QUIET_CORES:
             return
         self.baseline.observe(watts)

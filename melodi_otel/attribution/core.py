@@ -12,7 +12,6 @@ from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
-from melodi_otel.attribution.evidence import Cumulative
 from melodi_otel.attribution.finishing import shares_of, shares_so_far
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
@@ -101,7 +100,11 @@ class Core:
     def cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
         account = self._account(device)
         if account is not None:
-            account.cpu.series.setdefault(engine, Cumulative()).read(t_ns, busy_s, host_busy_s)
+            account.cpu.read(engine, t_ns, busy_s, host_busy_s)
+
+    def cpu_gone(self, engine: EngineId | None) -> None:
+        for account in self.accounts.values():
+            account.cpu.end(engine)
 
     def foreign(self, device: str, t_ns: int, share: float) -> None:
         account = self._account(device)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from typing import Final
 
 from melodi_otel.attribution.meter import EngineId
+
+WHOLE: Final = -1
+"""Number of the series of all processes of a key group: ``EngineId(group, WHOLE)``."""
 
 
 class Cumulative:
     """A pair of counters over time (CPU seconds of a process tree, CPU seconds of the host), joined by straight lines."""
 
-    __slots__ = ("_busy", "_host", "_t")
+    __slots__ = ("_busy", "_host", "_t", "ended")
 
     def __init__(self) -> None:
+        self.ended = False
         self._t: list[int] = []
         self._busy: list[float] = []
         self._host: list[float] = []
@@ -44,7 +49,12 @@ class Cumulative:
         a, b = max(t0_ns, self._t[0]), min(t1_ns, self._t[-1])
         if b <= a:
             return None
-        return self._at(self._busy, b) - self._at(self._busy, a), self._at(self._host, b) - self._at(self._host, a)
+        busy = self._at(self._busy, b) - self._at(self._busy, a)
+        host = self._at(self._host, b) - self._at(self._host, a)
+        if self.ended and b < t1_ns:
+            # It used nothing more, and the host went on, at the same pace as far as this series can tell.
+            host *= (t1_ns - a) / (b - a)
+        return busy, host
 
     def _at(self, values: list[float], t_ns: int) -> float:
         at = bisect_right(self._t, t_ns)
@@ -55,26 +65,56 @@ class Cumulative:
 
 
 class CpuTime:
-    """CPU-time evidence of one device: a series per engine, None for the process that holds all the others."""
+    """CPU-time evidence of one device: a series per engine or per group of processes (:data:`WHOLE`, in which engines with
+    a series of their own are contained), None for the process that holds all the others.
+    """
 
     def __init__(self) -> None:
         self.series: dict[EngineId | None, Cumulative] = {}
+        self.told = False
+
+    def read(self, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
+        """Take a reading of one series; one that had ended begins anew, with other processes."""
+        self.told = True
+        one = self.series.get(engine)
+        if one is None or one.ended:
+            one = self.series[engine] = Cumulative()
+        one.read(t_ns, busy_s, host_busy_s)
 
     @property
     def last_ns(self) -> int | None:
-        """Until when all series reach; None: there is no evidence."""
-        return min((one.last_ns for one in self.series.values()), default=None)
+        """Until when all series reach that go on; None: there is none."""
+        return min((one.last_ns for one in self.series.values() if not one.ended), default=None)
+
+    def end(self, engine: EngineId | None) -> None:
+        """The processes of this series are gone: it counts up to its last reading, and nobody waits for another."""
+        if engine in self.series:
+            self.series[engine].ended = True
+
+    def forget_before(self, t_ns: int) -> None:
+        """Series that ended before are over."""
+        over = [engine for engine, one in self.series.items() if one.ended and one.last_ns <= t_ns]
+        for engine in over:
+            del self.series[engine]
 
     def shares(self, t0_ns: int, t1_ns: int) -> dict[EngineId | None, float] | None:
         """Each tree's part of the host's CPU time in [t0, t1], together at most 1; None: nothing is known."""
+        deltas = {engine: one.delta(t0_ns, t1_ns) for engine, one in self.series.items()}
+        # One that ended has seen the host up to its end only; the others have seen it to the end of the interval.
+        hosts = [delta[1] for engine, delta in deltas.items() if delta is not None and not self.series[engine].ended]
         found: dict[EngineId | None, float] = {}
-        for engine, one in self.series.items():
-            delta = one.delta(t0_ns, t1_ns)
-            if delta is None or delta[1] <= 0.0:
+        for engine, delta in deltas.items():
+            if delta is None:
                 continue
-            found[engine] = max(0.0, min(1.0, delta[0] / delta[1]))
+            host = max(hosts) if hosts and self.series[engine].ended else delta[1]
+            if host > 0.0:
+                found[engine] = max(0.0, min(1.0, delta[0] / host))
         if not found:
             return None
+        for engine, share in list(found.items()):
+            if engine is not None and engine.number == WHOLE:
+                own = sum(s for e, s in found.items() if e is not None and e.group == engine.group and e != engine)
+                found[engine] = max(0.0, share - own)
         total = sum(found.values())
         return {engine: share / total for engine, share in found.items()} if total > 1.0 else found
 

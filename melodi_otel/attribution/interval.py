@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
 from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Accrual, Activity
 from melodi_otel.attribution.books import Bucket, Phase
 from melodi_otel.attribution.engines import EngineState
+from melodi_otel.attribution.evidence import WHOLE
 from melodi_otel.attribution.late import Left, Unseen
 from melodi_otel.attribution.meter import EngineId, Late, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
@@ -108,6 +109,7 @@ class IntervalCloser:
             account.worked(cell.t1_ns for cell in cells)
         elif not self.unseen.any_in(t0, t1):
             account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
+        account.cpu.forget_before(t0)
         account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
 
     def take_late(self, account: Account, activity: Activity, late: Late) -> None:
@@ -198,20 +200,16 @@ class IntervalCloser:
         pools: list[Pool] = []
         used = 0.0
         for engine, share in shares.items():
-            mine = [cell for cell in cells if self._pool_of(cell, account) == engine]
+            mine = [cell for cell in cells if _pool_of(cell, shares) == engine]
             pools.append(Pool(dynamic * share, mine))
             used += dynamic * share
         if None not in shares:
-            left = [cell for cell in cells if self._pool_of(cell, account) is None]
+            left = [cell for cell in cells if _pool_of(cell, shares) is None]
             if left:
                 # Work of a tree whose CPU time nobody reads: it is somewhere in the rest, which is then not foreign.
                 pools.append(Pool(dynamic - used, left))
                 used = dynamic
         return dynamic - used, pools
-
-    def _pool_of(self, cell: Cell, account: Account) -> EngineId | None:
-        engine = cell.rows[0].activity.engine
-        return engine if engine in account.cpu.series else None
 
     def _accrue(self, account: Account, given: Given, length_ns: int) -> None:
         activity = given.activity
@@ -247,3 +245,12 @@ class IntervalCloser:
         if len(held) != 1:
             return None
         return held[0].service or "", held[0].model or ""
+
+
+def _pool_of(cell: Cell, known: Collection[EngineId | None]) -> EngineId | None:
+    """Whose CPU time a cell's work is in: its engine's, else its group's, else (None) the tree's or what is left."""
+    activity = cell.rows[0].activity
+    if activity.engine in known:
+        return activity.engine
+    whole = EngineId(activity.key.group, WHOLE)
+    return whole if whole in known else None

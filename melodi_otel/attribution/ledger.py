@@ -125,8 +125,18 @@ class Ledger:
         self._inbox.append((self._core.device_gone, (device, t_ns)))
 
     def cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
-        """Cumulative CPU seconds of an engine's process tree (None: of this process's tree) and of the host."""
+        """Cumulative CPU seconds of processes, and of the host.
+
+        ``engine``: of that engine's process tree; ``EngineId(group, WHOLE)`` (see ``evidence.WHOLE``): of all processes that
+        open requests under this group token, whatever their engine; None: of this process's tree. Work counts as the first
+        of these that has a series. What the processes of a series use outside of any request is idle or tail, and only what
+        nobody's series holds is ``foreign``.
+        """
         self._inbox.append((self._core.cpu, (device, engine, t_ns, busy_s, host_busy_s)))
+
+    def cpu_gone(self, engine: EngineId | None) -> None:
+        """The processes of this series are gone: it counts up to its last reading, and is waited for no more."""
+        self._inbox.append((self._core.cpu_gone, (engine,)))
 
     def foreign(self, device: str, t_ns: int, share: float) -> None:
         """From ``t_ns`` on other processes use ``share`` (0..1) of the device's dynamic energy."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from melodi_otel.attribution.evidence import WHOLE
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Late, Prefill, Share
 from melodi_otel.devices import Device
@@ -30,6 +31,7 @@ class Host:
     joules: dict[str, float] = field(default_factory=dict)
     offset: dict[str, float] = field(default_factory=dict)
     cpu_s: tuple[float, float] = (0.0, 0.0)
+    series: dict[EngineId | None, float] = field(default_factory=lambda: {None: 1.0})
     open: dict[str, EngineId | None] = field(default_factory=dict)
     futures: list[Future[list[Share]]] = field(default_factory=list)
     seq: dict[int, int] = field(default_factory=dict)
@@ -58,6 +60,7 @@ actions = st.lists(
                 "close",
                 "reset",
                 "foreign",
+                "groups",
                 "late",
                 "unseen",
             ]
@@ -82,7 +85,8 @@ def sample(host: Host, dt_s: float, lost: int) -> None:
             reading = host.joules[device] - host.offset.get(device, 0.0)
             host.ledger.counter(device, host.now_ns, reading % RANGE_J, RANGE_J if device == "cpu-0" else None)
     host.cpu_s = (host.cpu_s[0] + 0.7 * dt_s, host.cpu_s[1] + 1.1 * dt_s)
-    host.ledger.cpu("cpu-0", None, host.now_ns, *host.cpu_s)
+    for series, part in host.series.items():
+        host.ledger.cpu("cpu-0", series, host.now_ns, part * host.cpu_s[0], host.cpu_s[1])
 
 
 def step(host: Host, which: int, part: float) -> None:
@@ -147,6 +151,13 @@ def act(host: Host, action: str, which: int, part: float) -> None:
         host.futures.append(host.ledger.close(key, host.now_ns - which * S // 20, None, "stop"))
     elif action == "unseen":
         host.ledger.unseen(host.now_ns, 1 if which < 4 else -1)
+    elif action == "groups":
+        series = [None, EngineId("g", WHOLE), EngineId("g", 0), EngineId("h", WHOLE)][which % 4]
+        if series in host.series:
+            del host.series[series]
+            host.ledger.cpu_gone(series)
+        else:
+            host.series[series] = part
     elif action == "foreign":
         host.ledger.foreign("GPU-1", host.now_ns, part)
     elif host.open:
