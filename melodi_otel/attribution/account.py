@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from melodi_otel.attribution.activity import Accrual
 from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, Baseline
 from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
@@ -64,6 +65,17 @@ class Account:
         if joules != 0.0:
             at = (bucket, holder)
             self.buckets[at] = self.buckets.get(at, 0.0) + joules
+
+    def withdraw(self, accrual: Accrual) -> None:
+        """What a request has accrued here is for nobody to see on a span: it counts as ``unavailable`` from now on."""
+        for at, joules in list(accrual.booked.items()):
+            who, phase, quality = at
+            if quality != "unavailable":
+                unseen = (who, phase, "unavailable")
+                del accrual.booked[at]
+                self.attributed[at] -= joules
+                for booked in (self.attributed, accrual.booked):
+                    booked[unseen] = booked.get(unseen, 0.0) + joules
 
     def bucket(self, bucket: Bucket) -> float:
         """J of one bucket over all holders."""

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from concurrent.futures import Future
 from typing import Final
 
-from melodi_otel.attribution.books import Who
+from melodi_otel.attribution.books import Phase, Who
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
@@ -17,6 +17,7 @@ class Accrual:
     """What one activity has accrued on one device over closed intervals; joules and ns."""
 
     __slots__ = (
+        "booked",
         "busy_ns",
         "company_ns",
         "decode",
@@ -38,6 +39,8 @@ class Accrual:
         # Energy that was really divided with others, by tier: what the tier's own error applies to.
         self.shared: dict[Tier, float] = {}
         self.tiers: dict[Tier, float] = {}
+        # As the account has it in its attributed joules: by (who, phase, quality).
+        self.booked: dict[tuple[Who, Phase, str], float] = {}
         self.busy_ns = 0
         self.company_ns = 0
         self.intervals = 0
@@ -66,6 +69,8 @@ class Accrual:
         for mine, theirs in ((self.shared, other.shared), (self.tiers, other.tiers)):
             for tier, joules in theirs.items():
                 mine[tier] = mine.get(tier, 0.0) + joules
+        for at, joules in other.booked.items():
+            self.booked[at] = self.booked.get(at, 0.0) + joules
 
 
 class Activity:
@@ -83,6 +88,7 @@ class Activity:
         "end_ns",
         "engine",
         "first_token_ns",
+        "forgone",
         "future",
         "key",
         "last_step_ns",
@@ -140,6 +146,8 @@ class Activity:
         self.counted = False
         self.accruals: dict[str, Accrual] = {}
         self.future: Future[list[Share]] = Future()
+        # Nobody waits for its joules: its span has gone out without them.
+        self.forgone = False
         self.settled = False
 
     def on(self) -> tuple[str, ...]:

@@ -232,6 +232,12 @@ class Core:
             activity.output_tokens = output_tokens
         self._end(activity, t_ns, outcome)
 
+    def forgo(self, key: Key) -> None:
+        activity = self.roster.activities.get(key)
+        if activity is not None:
+            activity.forgone = self.changed = True
+            self._withdraw(activity)
+
     # --- closing -----------------------------------------------------------------------------------------------------
 
     def sensor_moved(self) -> bool:
@@ -416,6 +422,11 @@ class Core:
         if not interval.gap:
             account.interval_s += 0.1 * ((interval.t1_ns - interval.t0_ns) / 1e9 - account.interval_s)
 
+    def _withdraw(self, activity: Activity) -> None:
+        for name, accrual in activity.accruals.items():
+            if name in self.accounts:
+                self.accounts[name].withdraw(accrual)
+
     def _covered(self, activity: Activity, now_ns: int) -> bool:
         end = activity.end_ns or 0
         if any(not child.settled for child in activity.nested):
@@ -443,6 +454,8 @@ class Core:
         for share in shares:
             if share.joules is not None:
                 self.accounts[share.device].settled += share.joules
+        if activity.forgone:
+            self._withdraw(activity)
         activity.settled = True
         if self._finished is not None:
             self._finished(activity.key, shares)

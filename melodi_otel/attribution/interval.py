@@ -239,6 +239,7 @@ class IntervalCloser:
             if joules != 0.0:
                 at = (activity.who, phase, quality)
                 account.attributed[at] = account.attributed.get(at, 0.0) + joules
+                accrual.booked[at] = accrual.booked.get(at, 0.0) + joules
 
     def _holder(self, engines: list[EngineState]) -> Holder | None:
         held = [engine for engine in engines if not engine.gone and engine.model]

@@ -275,6 +275,15 @@ class Ledger:
         self._count(-1, t_ns)
         return future
 
+    def forgo(self, key: Key) -> None:
+        """Nobody waits for the joules of this request any more: its span has gone out as ``unavailable``.
+
+        Before or after its close; a key that is not known, or settled, changes nothing. What it accrues stays its own in the
+        books, and stands in ``attributed`` under the quality ``unavailable`` as soon as it is settled, so that the other
+        qualities sum to what spans tell. It still has to be closed.
+        """
+        self._inbox.append((self._core.forgo, (key,)))
+
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def stir(self, now_ns: int) -> bool:
