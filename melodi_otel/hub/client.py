@@ -45,7 +45,8 @@ log = logging.getLogger("melodi_otel")
 CAPACITY: Final = 20_000
 """Messages that wait at most before progress, steps and observations are dropped; opens and closes may be four times as many."""
 FROZEN_S: Final = 2.0
-GREETING_S: Final = 5.0
+GREETING_S: Final = 10.0
+"""A hub that has just been started listens before it answers, and a busy machine takes its time."""
 _NAME: Final = 1024
 
 

@@ -492,8 +492,10 @@ class MovingMeter:
 
     def _settle_orphans(self, resumed: Mapping[str, Told]) -> None:
         orphans, self._orphans = self._orphans, []
+        once = dict(resumed)
         for orphan in orphans:
-            told = resumed.get(orphan.key.request)
+            # A request that was told to a hub that never answered has two parts here; only the first had any joules.
+            told = once.pop(orphan.key.request, None)
             if told is not None and told.final:
                 _give(orphan.part, [_keyed(share, orphan.key) for share in told.shares])
                 continue
