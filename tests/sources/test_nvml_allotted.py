@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -126,6 +127,21 @@ def test_the_source_leaves_out_what_the_job_may_not_open(
         source = open_nvml(settings, devices=str(tmp_path))
         assert [device.id for device in source.devices] == ["GPU-b"]
         assert "/dev/nvidia0" in source.notes[0]
+        source.close()
+
+
+def test_a_gpu_of_another_job_is_no_warning(tmp_path: Path, library: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A board that the driver does not hand out is noted without a warning; one that is broken is warned of."""
+    gpus = [FakeGpu(f"GPU-{n}") for n in range(3)]
+    with FakeNvml(tmp_path / "fake", gpus, library=library) as fake:
+        fake.fail("nvmlDeviceGetHandleByIndex_v2", 4, gpu=0)
+        fake.fail("nvmlDeviceGetHandleByIndex_v2", 999, gpu=1)
+        settings = Settings(clock=ManualClock(), environ={}, nvml_library=str(fake.library))
+        with caplog.at_level(logging.WARNING):
+            source = open_nvml(settings, devices=str(tmp_path))
+        assert [device.id for device in source.devices] == ["GPU-2"]
+        assert [note.split(":")[0] for note in source.notes] == ["GPU 0 is left out", "GPU 1 is left out"]
+        assert [record.getMessage()[:23] for record in caplog.records] == ["nvml: GPU 1 is left out"]
         source.close()
 
 
