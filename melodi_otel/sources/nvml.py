@@ -314,14 +314,14 @@ def _open(api: NvmlApi, settings: Settings, devices: str) -> NvmlSource:
         raise Refused(
             "the NVIDIA driver shows no GPU", fix="in a container start it with --gpus all", state="no_device"
         )
-    known, handles, notes, last = _enumerate(api, count)
+    known, handles, notes, denied, last = _enumerate(api, count)
     if not known:
         if last is not None and code_of(last) in (lib.NO_PERMISSION, lib.FUNCTION_NOT_FOUND):
             raise refusal(code_of(last), last) from last
         raise Refused(f"no GPU answers: {last}", fix="run nvidia-smi; it names the broken GPU", state="failed")
     known, closed = openable(known, lambda minor: may_open(minor, devices))
     known, given = allotted(known, settings.environ)
-    scope = closed + given
+    scope = denied + closed + given
     for note in scope:
         log.debug("nvml: %s", note)
     seen = visible(known, settings.environ)
@@ -342,11 +342,18 @@ def _open(api: NvmlApi, settings: Settings, devices: str) -> NvmlSource:
     return NvmlSource(api, settings, boards, scope + notes, driver)
 
 
-def _enumerate(api: NvmlApi, count: int) -> tuple[list[BoardId], dict[str, object], list[str], Exception | None]:
-    """Every board that says who it is; one that does not is left out, as CUDA leaves it out."""
+def _enumerate(
+    api: NvmlApi, count: int
+) -> tuple[list[BoardId], dict[str, object], list[str], list[str], Exception | None]:
+    """Every board that says who it is; one that does not is left out, as CUDA leaves it out.
+
+    Returns:
+        The boards, their handles, what is wrong with those left out, which are somebody else's, and the last error.
+    """
     known: list[BoardId] = []
     handles: dict[str, object] = {}
     notes: list[str] = []
+    denied: list[str] = []
     last: Exception | None = None
     for index in range(count):
         try:
@@ -354,11 +361,13 @@ def _enumerate(api: NvmlApi, count: int) -> tuple[list[BoardId], dict[str, objec
             board = identify(api, index, handle)
         except api.NVMLError as error:
             last = error
-            notes.append(f"GPU {index} is left out: {error}")
+            # In a SLURM job that is how the GPUs of other jobs look: no fault, so no warning.
+            told = denied if code_of(error) == lib.NO_PERMISSION else notes
+            told.append(f"GPU {index} is left out: {error}")
             continue
         known.append(board)
         handles[board.uuid] = handle
-    return known, handles, notes, last
+    return known, handles, notes, denied, last
 
 
 def _boards(api: NvmlApi, seen: Visible, handles: Mapping[str, object], notes: list[str]) -> list[Board]:

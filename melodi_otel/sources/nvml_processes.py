@@ -10,7 +10,7 @@ processes, the whole board answers to root only, and no one is told utilisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -22,6 +22,8 @@ __all__ = ["GpuProcesses", "ProcessLoad", "compute_pids", "list_processes", "pro
 
 _NOTHING: Final = frozenset({0, lib.NOT_FOUND})
 """Codes of an answer without samples: older bindings raise even the code of success."""
+_COMPUTE: Final = "nvmlDeviceGetComputeRunningProcesses"
+_GRAPHICS: Final = "nvmlDeviceGetGraphicsRunningProcesses"
 _DENIED: Final = frozenset({lib.NOT_SUPPORTED, lib.FUNCTION_NOT_FOUND, lib.NO_PERMISSION})
 _MOST: Final = 100
 """Percent; some drivers fill the unused end of their buffer with larger figures."""
@@ -71,8 +73,7 @@ def compute_pids(api: NvmlApi, handle: object, device_id: str) -> list[int]:
         Refused: the driver does not tell.
         Transient: it did not answer this time.
     """
-    found = _pids(api, api.nvmlDeviceGetComputeRunningProcesses, handle, device_id)
-    return sorted(set(found))
+    return sorted(set(_pids(api, _COMPUTE, handle, device_id)))
 
 
 def list_processes(api: NvmlApi, handle: object, slices: Collection[object], device_id: str) -> GpuProcesses:
@@ -82,13 +83,11 @@ def list_processes(api: NvmlApi, handle: object, slices: Collection[object], dev
         Refused: the driver does not tell.
         Transient: it did not answer this time.
     """
-    ask: Any = api.nvmlDeviceGetComputeRunningProcesses
-    draw: Any = getattr(api, "nvmlDeviceGetGraphicsRunningProcesses", None)
-    compute = [pid for part in slices or (handle,) for pid in _pids(api, ask, part, device_id)]
-    graphics = [pid for part in slices or (handle,) for pid in _told(api, draw, part, device_id) or ()]
+    compute = [pid for part in slices or (handle,) for pid in _pids(api, _COMPUTE, part, device_id)]
+    graphics = [pid for part in slices or (handle,) for pid in _told(api, _GRAPHICS, part, device_id) or ()]
     elsewhere: frozenset[int] | None = frozenset()
     if slices:
-        board = _told(api, ask, handle, device_id)
+        board = _told(api, _COMPUTE, handle, device_id)
         # One process may work on two slices only with a context on each: what is ours is taken out by pid.
         elsewhere = None if board is None else frozenset(board) - frozenset(compute) - {0}
     return GpuProcesses(
@@ -127,22 +126,31 @@ def _loads(samples: Iterable[Any], since_us: int) -> list[ProcessLoad]:
     return [ProcessLoad(pid, t_us, sm) for pid, t_us, sm in found if pid and t_us > since_us and sm <= _MOST]
 
 
-def _told(
-    api: NvmlApi, call: Callable[[object], Sequence[Any]] | None, handle: object, device: str
-) -> list[int] | None:
+def _told(api: NvmlApi, call: str, handle: object, device_id: str) -> list[int] | None:
     """Pids, or None where the driver does not tell."""
-    if call is None:
-        return None
     try:
-        return _pids(api, call, handle, device)
+        return _pids(api, call, handle, device_id)
     except Refused:
         return None
 
 
-def _pids(api: NvmlApi, call: Callable[[object], Sequence[Any]], handle: object, device_id: str) -> list[int]:
+def _pids(api: NvmlApi, call: str, handle: object, device_id: str) -> list[int]:
     try:
-        return [int(process.pid) for process in call(handle)]
+        return [int(process.pid) for process in _ask(api, call, handle)]
     except api.NVMLError as error:
         if code_of(error) in _DENIED:
             raise Refused("the driver does not tell which processes use the GPU", state="not_supported") from error
         raise Transient(f"the processes on {device_id} could not be listed: {error}") from error
+
+
+def _ask(api: NvmlApi, call: str, handle: object) -> Iterable[Any]:
+    """The list of processes by the newest call that driver and binding both know."""
+    ask: Any = getattr(api, call, None)
+    try:
+        return [] if ask is None else ask(handle)
+    except Exception as error:
+        # Driver 470 lacks version 3, which the binding's plain name stands for; it then raises an error of another kind.
+        older: Any = getattr(api, f"{call}_v2", None)
+        if type(error).__name__ != "NVMLLibraryMismatchError" or older is None:
+            raise
+        return older(handle)

@@ -19,6 +19,7 @@ from melodi_otel.sources.base import Settings
 from melodi_otel.sources.nvml import NvmlSource, open_nvml
 from melodi_otel.sources.nvml_processes import GpuProcesses, ProcessLoad
 from melodi_otel.testing.clock import ManualClock
+from melodi_otel.testing.machine import Machine
 from melodi_otel.testing.nvml import FakeGpu, FakeNvml, FakeSlice, build_fake_nvml
 
 GPU, OTHER = "GPU-aaaa", "GPU-bbbb"
@@ -564,3 +565,49 @@ def test_a_slice_whose_board_answers_to_root_only(watch: Watch) -> None:
     assert look() == []
     fake.processes(0, [US, THEM], slices=[0, 0])
     assert look() == [(GPU, 0.0, True)]
+
+
+# the whole way ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_neighbours_joules_are_not_the_requests(tmp_path: Path, library: Path) -> None:
+    """100 W at rest, 300 W while a neighbour has 3 of 4 SM seconds: of the 200 W above rest the request has 50 W."""
+    fake = FakeNvml(tmp_path, [FakeGpu(GPU, watts=100, pids=(US, THEM))], library=library)
+    machine = Machine(fake.advance, nvml_library=str(fake.library), environ={})
+    machine.start("nvml")
+    neighbours = Neighbours(
+        machine.discovery.sources,
+        machine.clock,
+        lambda: [US],
+        lambda device, t_ns, share, others: machine.ledger.foreign(device, t_ns, share),
+        numbers=Numbers(),
+    )
+    machine.run(60)
+    fake.used(0, (US, 25), (THEM, 75))
+    neighbours.activity(1, machine.clock.monotonic_ns())
+    neighbours.tick()
+    fake.watts(0, 300)
+    energy = machine.request(10)
+    assert energy.total == pytest.approx(100 * 10 + 50 * 10, rel=0.02)
+    assert energy.exclusive is False
+    assert machine.ledger.snapshot().books[GPU].foreign == pytest.approx(150 * 10, rel=0.05)
+    for source in machine.discovery.sources:
+        source.close()
+    fake.close()
+
+
+def test_a_slice_has_its_part_of_the_board(tmp_path: Path, library: Path) -> None:
+    """3 of 7 compute slices of 140 W for 10 s are 600 J by interpolation at best; the other 800 J are foreign."""
+    parts = (FakeSlice("MIG-a", "3g.40gb", 1), FakeSlice("MIG-b", "4g.40gb", 2))
+    board = FakeGpu(GPU, watts=140, max_slices=7, slices=parts)
+    fake = FakeNvml(tmp_path, [board], library=library)
+    machine = Machine(fake.advance, nvml_library=str(fake.library), environ={"CUDA_VISIBLE_DEVICES": "MIG-a"})
+    machine.start("nvml")
+    before = machine.ledger.snapshot().books[GPU].foreign if GPU in machine.ledger.snapshot().books else 0.0
+    energy = machine.request(10)
+    assert energy.total == pytest.approx(600, rel=0.02)
+    assert energy.quality == "interpolated"
+    assert machine.ledger.snapshot().books[GPU].foreign - before == pytest.approx(80 * 10.3, rel=0.03)
+    for source in machine.discovery.sources:
+        source.close()
+    fake.close()
