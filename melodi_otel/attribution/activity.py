@@ -28,6 +28,7 @@ class Accrual:
         "shared",
         "static",
         "tiers",
+        "unbased",
         "unsplit",
     )
 
@@ -46,6 +47,8 @@ class Accrual:
         self.intervals = 0
         self.interval_ns = 0
         self.foreign = False
+        # Whether idle power was not known in some interval: then its part cannot be told from the rest.
+        self.unbased = False
 
     @property
     def dynamic(self) -> float:
@@ -66,6 +69,7 @@ class Accrual:
         self.intervals += other.intervals
         self.interval_ns += other.interval_ns
         self.foreign |= other.foreign
+        self.unbased |= other.unbased
         for mine, theirs in ((self.shared, other.shared), (self.tiers, other.tiers)):
             for tier, joules in theirs.items():
                 mine[tier] = mine.get(tier, 0.0) + joules

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
+from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.arrivals import Arrivals
-from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
+from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
-from melodi_otel.attribution.finishing import shares_of, shares_so_far
+from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
@@ -294,45 +295,17 @@ class Core:
         return None if account is None else account.timeline.between(t0_ns, t1_ns)
 
     def accrued(self) -> dict[Key, list[Share]]:
-        """What named requests have accrued that are open or wait for their joules; those without any device are left out."""
-        found: dict[Key, list[Share]] = {}
-        for key, activity in self.roster.activities.items():
-            if activity.anonymous:
-                continue
-            engine = None if activity.engine is None else self.roster.engines.get(activity.engine)
-            shares = shares_so_far(activity, self.accounts, engine)
-            if shares:
-                found[key] = shares
-        return found
+        """See :func:`melodi_otel.attribution.views.accrued`."""
+        return views.accrued(self.roster, self.accounts)
 
     def snapshot(self, now_ns: int) -> Snapshot:
         """An immutable copy of the books."""
         self.changed = False
-        accounts = {**self.absent, **self.accounts}
-        in_flight = self._in_flight()
-        active: dict[Who, int] = {}
-        for activity in self.roster.activities.values():
-            if activity.close_ns is None and not activity.anonymous:
-                active[activity.who] = active.get(activity.who, 0) + 1
-        attributed: dict[tuple[str, Who, Phase, str], float] = {}
-        unattributed: dict[tuple[str, Bucket, tuple[str, str] | None], float] = {}
-        for name, account in accounts.items():
-            for (who, phase, quality), joules in account.attributed.items():
-                attributed[(name, who, phase, quality)] = joules
-            for (bucket, holder), joules in account.buckets.items():
-                unattributed[(name, bucket, holder)] = joules
-        books = {name: account.books(in_flight.get(name, 0.0)) for name, account in accounts.items()}
-        return Snapshot(now_ns, books, attributed, unattributed, active)
+        return views.snapshot(now_ns, self.roster, {**self.absent, **self.accounts})
 
     def state(self, now_ns: int) -> State:
         """What the next ledger needs to continue the books."""
-        in_flight = self._in_flight()
-        accounts = {**self.absent, **self.accounts}
-        return State(
-            now_ns,
-            tuple(account.state(in_flight.get(name, 0.0)) for name, account in accounts.items()),
-            tuple(share for shares in self.accrued().values() for share in shares),
-        )
+        return views.state(now_ns, self.roster, {**self.absent, **self.accounts})
 
     def pause(self) -> None:
         """Another meter goes on: see :meth:`melodi_otel.attribution.ledger.Ledger.pause`."""
@@ -347,13 +320,6 @@ class Core:
             if account is None:
                 account = self.absent[known.device.id] = Account(known.device)
             account.restore(known)
-
-    def _in_flight(self) -> dict[str, float]:
-        held: dict[str, float] = {}
-        for activity in self.roster.activities.values():
-            for device, accrual in activity.accruals.items():
-                held[device] = held.get(device, 0.0) + accrual.joules
-        return held
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

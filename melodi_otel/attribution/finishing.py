@@ -80,6 +80,8 @@ def _share(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
     split = accrual.unsplit == 0.0 and (accrual.prefill > 0.0 or accrual.decode > 0.0)
     dynamic = accrual.prefill + accrual.decode if split else accrual.dynamic
     joules = dynamic + static
+    # Known in all of its intervals, or the parts would hold idle joules of the others.
+    based = not accrual.unbased
     duration = (accrual.busy_ns or max(1, end - activity.open_ns)) / 1e9
     interval_s = accrual.interval_ns / accrual.intervals / 1e9 if accrual.intervals else account.interval_s
     sigma = share_sigma(
@@ -100,10 +102,10 @@ def _share(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
         t0_ns=activity.open_ns,
         t1_ns=end,
         joules=joules,
-        dynamic=dynamic,
-        static=static,
-        prefill=accrual.prefill if split else None,
-        decode=accrual.decode if split else None,
+        dynamic=dynamic if based else None,
+        static=static if based else None,
+        prefill=accrual.prefill if split and based else None,
+        decode=accrual.decode if split and based else None,
         uncertainty=sigma,
         method=method,
         quality=_quality(account, method, sigma, joules, coverage, (end - activity.open_ns) / 1e9, reason),

@@ -100,10 +100,11 @@ class IntervalCloser:
                 foreign=foreign,
                 bucket=bucket,
                 holder=holder,
+                based=account.baseline.watts is not None,
             )
         )
         for given in division.given:
-            self._accrue(account, given, t1 - t0)
+            self._accrue(account, given, t1 - t0, account.baseline.watts is not None)
             given.activity.accruals[account.device.id].foreign |= foreign > 0.0
         if cells:
             account.worked(cell.t1_ns for cell in cells)
@@ -124,7 +125,7 @@ class IntervalCloser:
             given = Given(activity, "equal", unsplit=dynamic, static=taken.static, busy_ns=taken.length_ns)
             given.shared = dynamic * (1.0 - 1.0 / taken.company)
             given.company_ns = taken.company * taken.length_ns
-            self._accrue(account, given, left.t1_ns - left.t0_ns)
+            self._accrue(account, given, left.t1_ns - left.t0_ns, left.based)
             activity.accruals[account.device.id].foreign |= taken.foreign > 0.0
             covered += taken.covered_ns
         activity.late_covered_ns[account.device.id] = covered
@@ -211,7 +212,7 @@ class IntervalCloser:
                 used = dynamic
         return dynamic - used, pools
 
-    def _accrue(self, account: Account, given: Given, length_ns: int) -> None:
+    def _accrue(self, account: Account, given: Given, length_ns: int, based: bool) -> None:
         activity = given.activity
         accrual = activity.accruals.get(account.device.id)
         if accrual is None:
@@ -224,16 +225,22 @@ class IntervalCloser:
         accrual.company_ns += round(given.company_ns)
         accrual.intervals += 1
         accrual.interval_ns += length_ns
+        accrual.unbased |= not based
         tier = given.tier
         dynamic = given.prefill + given.decode + given.unsplit
         accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + dynamic + given.static
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
         quality = "estimated" if account.device.estimated else "interpolated" if tier in ASSUMING else "measured"
+        # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
         parts: Iterable[tuple[Phase, float]] = (
-            ("prefill", given.prefill),
-            ("decode", given.decode),
-            ("unsplit", given.unsplit),
-            ("static", given.static),
+            (
+                ("prefill", given.prefill),
+                ("decode", given.decode),
+                ("unsplit", given.unsplit),
+                ("static", given.static),
+            )
+            if based
+            else (("unsplit", dynamic + given.static),)
         )
         for phase, joules in parts:
             if joules != 0.0:

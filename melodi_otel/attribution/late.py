@@ -36,6 +36,7 @@ class Left:
         dynamic: energy above idle that no known request claimed; it was booked under ``bucket``.
         foreign: energy of other processes.
         holder: under whose name static and dynamic joules were booked.
+        based: whether idle power was known; else ``static`` is 0 and ``dynamic`` has it.
         taken_by: mean number of those who have taken their part already.
     """
 
@@ -47,6 +48,7 @@ class Left:
     foreign: float
     bucket: Bucket
     holder: Holder | None
+    based: bool = True
     taken_by: float = 0.0
 
 

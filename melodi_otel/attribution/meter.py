@@ -101,10 +101,11 @@ class Share:
         key: the request.
         device: ``hw.id``.
         t0_ns, t1_ns: the interval it was charged for.
-        joules: J; equals ``dynamic + static``. None: unknown (``quality`` is ``unavailable``).
+        joules: J; equals ``dynamic + static`` where these are known. None: unknown (``quality`` is ``unavailable``).
         dynamic: J above the device's idle power; ``prefill + decode`` where that split is known.
-        static: J of idle power, shared with whoever was scheduled at the same instants.
-        prefill, decode: J, or both None where the phases are not known.
+        static: J of idle power, shared with whoever was scheduled at the same instants. ``dynamic`` and ``static`` are both
+            None where idle power was not known in all of the request's time: it is learnt while nothing runs, or given.
+        prefill, decode: J, or both None where the phases, or ``dynamic``, are not known.
         uncertainty: 1 sigma in J (the sensor's gain, a systematic, is not in it).
         method: the tier of evidence.
         quality: see the design, section 4; the worst condition wins.

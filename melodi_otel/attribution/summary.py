@@ -29,8 +29,8 @@ class Energy:
     """A request's energy over all its devices; joules throughout, None = not measured.
 
     Attributes are those of the span contract (``melodi.energy.*``): ``gpu``, ``cpu`` and ``memory`` sum to ``total``, as do
-    ``dynamic`` and ``static``; ``source`` and ``devices`` are sorted and free of repeats; ``scope`` names the device types in
-    ``total``; ``rollup`` is the total with all nested requests.
+    ``dynamic`` and ``static`` where the idle power of every device was known; ``source`` and ``devices`` are sorted and free
+    of repeats; ``scope`` names the device types in ``total``; ``rollup`` is the total with all nested requests.
     """
 
     total: float | None
@@ -99,8 +99,8 @@ def summarize(shares: Sequence[Share], devices: Mapping[str, Device]) -> Energy:
         gpu=by_type["gpu"],
         cpu=by_type["cpu"],
         memory=by_type["memory"],
-        dynamic=_sum(s.dynamic for s in known),
-        static=_sum(s.static for s in known),
+        dynamic=_all(s.dynamic for s in known),
+        static=_all(s.static for s in known),
         prefill=_all(s.prefill for s in known),
         decode=_all(s.decode for s in known),
         uncertainty=math.sqrt(math.fsum((s.uncertainty or 0.0) ** 2 for s in known)),
