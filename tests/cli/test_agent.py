@@ -212,7 +212,9 @@ def test_the_group_melodi_is_the_default(serving, place, monkeypatch):
     import grp
 
     real = grp.getgrnam
-    monkeypatch.setattr(grp, "getgrnam", lambda name: grp.struct_group(("melodi", "x", 65534, [])) if name == "melodi" else real(name))
+    monkeypatch.setattr(
+        grp, "getgrnam", lambda name: grp.struct_group(("melodi", "x", 65534, [])) if name == "melodi" else real(name)
+    )
     seen = []
     monkeypatch.setattr(Stand, "start", lambda self: seen.append((place / "s").lstat().st_gid))
     serving(socket_group=None)
@@ -222,8 +224,25 @@ def test_the_group_melodi_is_the_default(serving, place, monkeypatch):
 def test_the_command_when_the_socket_is_taken(place):
     """Exit 3 and the pid of the other agent."""
     with listen(place / "s", mode=0o600):
-        code = f"from melodi_otel.cli.app import main\nimport sys\nsys.argv = ['x', 'agent', '--socket', '{place}/s', '--socket-mode', '600', '--keep-capabilities', '--metrics-addr', 'off']\nmain()"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        code = "import sys; from melodi_otel.cli.app import main; sys.argv[0] = 'melodi-otel'; main()"
+        words = (
+            "agent",
+            "--socket",
+            place / "s",
+            "--socket-mode",
+            "600",
+            "--keep-capabilities",
+            "--metrics-addr",
+            "off",
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.returncode == 3
     assert f"melodi-otel: the socket {place}/s is taken: process {os.getpid()} is the hub there" in done.stderr
 

@@ -12,6 +12,7 @@ import melodi_otel
 
 ROOT = Path(melodi_otel.__file__).parent.parent
 
+
 @pytest.fixture
 def place():
     """A directory with a short name that every user may enter: pytest's own are closed to others."""

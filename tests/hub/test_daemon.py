@@ -72,8 +72,7 @@ def manager():
 @pytest.fixture
 def daemon(work, manager):
     """Without a pulse of its own accord: a test beats."""
-    made = Daemon(work, manager, lambda: (Config(pue=1.2), ()), "about", leave=work.log.append, close_s=10.0)
-    return made
+    return Daemon(work, manager, lambda: (Config(pue=1.2), ()), "about", leave=work.log.append, close_s=10.0)
 
 
 STATUS = "about, metrics at http://127.0.0.1:9464/metrics"

@@ -114,7 +114,13 @@ def test_nobody_publishes(seen, procfs, place):
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
 def test_the_real_publisher(program):
     """The kernel's own list shows the name and its holder, and another process's socket is not this one's."""
-    code = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0' + sys.argv[1])\nprint(1, flush=True)\nsys.stdin.read()"
+    code = """
+import socket, sys
+held = socket.socket(socket.AF_UNIX)
+held.bind("\\0" + sys.argv[1])
+print(1, flush=True)
+sys.stdin.read()
+"""
     name = f"melodi-otel/test-{os.getpid()}"
     holder = program(code, name, wait=False)
     holder.stdout.readline()

@@ -196,7 +196,9 @@ try:
 except HubError as error:
     print(error)
 """
-    assert program(code).startswith("the process cannot become user 1: Operation not permitted; to repair: start it as root")
+    assert program(code).startswith(
+        "the process cannot become user 1: Operation not permitted; to repair: start it as root"
+    )
 
 
 @pytest.mark.parametrize(("user", "words"), [("no-such-user", "there is no user"), ("root", "would give nothing up")])
