@@ -155,6 +155,7 @@ import os
 from melodi_otel.hub import privileges
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
+privileges._Kernel().capset(frozenset())
 kept = privileges.drop()
 print(sorted(kept.effective), sorted(kept.missing), kept.no_new_privileges)
 """
