@@ -4,10 +4,12 @@
 
     main thread    start ─► wait ──────────────────────► stopping ─► close (on a thread of its own, at most 10 s) ─► exit code
     pulse thread        ready? ─► READY=1 … STATUS, WATCHDOG=1 … reload …
-    signals        TERM, INT: request_stop(); the second one ends the process at once.  HUP: the pulse thread reloads
+    stop thread         request_stop, when a signal has come
+    signals        TERM, INT: wake the stop thread; the second one ends the process at once.  HUP: wakes the pulse thread
 
-A signal handler runs between any two instructions of the main thread, which may hold any lock, so it calls only what is made
-for that: ``request_stop`` and ``SimpleQueue.put``.
+A signal handler runs between any two instructions of the main thread, which may hold any lock: an ``Event.set`` in it waits for
+ever where the main thread is just about to wait for that event. So a handler only calls ``SimpleQueue.put``, which is made for
+that. The stop thread is one of its own because the pulse may be stuck in a reload.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ log = logging.getLogger("melodi_otel")
 
 CLOSE_S: Final = 10.0
 """Seconds for the last reading, settling and sending."""
+_JOIN_S: Final = 1.0
 _BEAT_S: Final = 10.0
 _START_BEAT_S: Final = 0.2
 
@@ -50,7 +53,7 @@ class Process(Protocol):
         ...
 
     def request_stop(self) -> None:
-        """Make :meth:`wait` return; called in a signal handler."""
+        """Make :meth:`wait` return; called on a thread of its own, maybe before :meth:`start` has returned."""
         ...
 
     def reload(self, config: Config) -> list[str]:
@@ -95,6 +98,7 @@ class Daemon:
         self._leave = leave
         self._close_s = close_s
         self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._ending: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._stops = 0
         self._was_ready = False
         self._why: str | None = ""
@@ -108,6 +112,8 @@ class Daemon:
         """
         with self._signals():
             pulse = threading.Thread(target=self._pulse, name="melodi-otel-pulse", daemon=True)
+            stopper = threading.Thread(target=self._stopper, name="melodi-otel-stop", daemon=True)
+            stopper.start()
             try:
                 self._process.start()
                 pulse.start()
@@ -115,9 +121,11 @@ class Daemon:
                 log.info("stopping: the meters are read once more and what is under way is settled")
                 self._notifier.stopping("settling what is under way")
             finally:
+                self._ending.put(False)
+                stopper.join(min(_JOIN_S, self._close_s))
                 self._asked.put("end")
                 if pulse.ident is not None:
-                    pulse.join(self._close_s)
+                    pulse.join(min(_JOIN_S, self._close_s))
                 in_time = self._close()
         if not in_time:
             self._leave(1)  # a thread that hangs would keep the interpreter from ending
@@ -179,6 +187,13 @@ class Daemon:
                 return
             self.reload()
 
+    def _stopper(self) -> None:
+        while self._ending.get():
+            try:
+                self._process.request_stop()
+            except Exception:
+                log.exception("the hub cannot be asked to stop; a second signal ends it")
+
     def _close(self) -> bool:
         """Whether the work ended in time."""
         failed: list[BaseException] = []
@@ -207,7 +222,7 @@ class Daemon:
             self._stops += 1
             if self._stops > 1:
                 self._leave(128 + number)
-            self._process.request_stop()
+            self._ending.put(True)
 
         def again(number: int, frame: object) -> None:
             self._asked.put("reload")

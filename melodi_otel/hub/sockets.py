@@ -13,62 +13,25 @@ The lock is :mod:`melodi_otel.hub.lock`'s.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import stat
 import struct
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from melodi_otel.errors import HubError
 from melodi_otel.hub.directory import prepare, user_name
 from melodi_otel.hub.lock import Lock, take
+from melodi_otel.hub.refusals import Peer, Refusal, explain, group_name
 
 LONGEST: Final = 107 if sys.platform == "linux" else 103
 """Bytes of a socket's path (``sun_path`` without its end mark)."""
 
 SYSTEM: Final = Path("/run")
 """Directories in here are made by root, and belong to whom root gave them."""
-
-State = Literal["ok", "absent", "stale", "permission_denied", "foreign_owner", "no_answer"]
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end.
-
-    Attributes:
-        pid: its process; 0 where that is in another pid namespace, which we do not see.
-        uid: its user.
-        gid: its group.
-    """
-
-    pid: int
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What became of a try to connect.
-
-    Attributes:
-        state: ``ok``; ``absent``: no socket; ``stale``: a socket that nobody listens on; ``permission_denied``: it, or its
-            directory, lets in others only; ``foreign_owner``: somebody listens whom we do not trust; ``no_answer``: its queue
-            is full.
-        reason: one sentence for people; empty where ``ok``.
-        fix: what helps, with the exact command; empty where nothing does.
-        peer: who listens, where that is known.
-    """
-
-    state: State
-    reason: str = ""
-    fix: str = ""
-    peer: Peer | None = None
 
 
 class ConnectRefused(HubError):
@@ -172,7 +135,7 @@ def connect(path: Path | str, timeout: float, *, system: Path = SYSTEM) -> socke
         try:
             _patiently(connection, where, timeout)
         except OSError as error:
-            raise ConnectRefused(_refusal(where, error)) from None
+            raise ConnectRefused(explain(where, error)) from None
         refusal = _stranger(where, peer(connection), system)
         if refusal is not None:
             raise ConnectRefused(refusal)
@@ -265,8 +228,8 @@ def _bound(path: Path, mode: int, gid: int | None, backlog: int) -> Listener:
                 os.chown(path, -1, gid, follow_symlinks=False)
             except OSError as error:
                 raise HubError(
-                    f"the socket {path} cannot be given to the group {_group(gid)}: {error.strerror}",
-                    fix=f"start it as root or as a member of {_group(gid)}",
+                    f"the socket {path} cannot be given to the group {group_name(gid)}: {error.strerror}",
+                    fix=f"start it as root or as a member of {group_name(gid)}",
                     state="permission_denied",
                 ) from None
         listener.listen(backlog)
@@ -343,78 +306,5 @@ def _named_by_root(path: Path, system: Path) -> int | None:
     return None if found.st_mode & 0o022 else found.st_uid
 
 
-def _refusal(path: Path, error: OSError) -> Refusal:
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG:
-        return Refusal("absent", f"there is no socket {path}")
-    if isinstance(error, PermissionError):
-        return _denied(path)
-    if isinstance(error, TimeoutError | BlockingIOError):
-        return Refusal("no_answer", f"whoever listens on {path} does not take new connections")
-    if isinstance(error, ConnectionRefusedError):
-        if not _is_socket(path):
-            return Refusal("stale", f"{path} is there and is no socket")
-        return Refusal(
-            "stale", f"nobody listens on {path}: its hub has ended", "start it again; it takes the old one away"
-        )
-    return Refusal("absent", f"{path} cannot be reached: {error.strerror or error}")
-
-
-def _denied(path: Path) -> Refusal:
-    import grp
-    import pwd
-
-    closed = path
-    for parent in [path, *path.parents]:
-        try:
-            found = parent.lstat()
-            closed = parent
-            break
-        except OSError:
-            continue
-    else:
-        return Refusal("permission_denied", f"{path} may not be reached")
-    if closed != path:  # lstat of what is below failed: this directory may not be passed
-        return Refusal(
-            "permission_denied",
-            f"the directory {closed} of {user_name(found.st_uid)} may not be entered",
-            "ask its owner",
-        )
-    try:
-        me = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        me = str(os.geteuid())
-    group = _group(found.st_gid)
-    if not found.st_mode & stat.S_IWGRP or found.st_gid == 0:
-        return Refusal(
-            "permission_denied",
-            f"only {user_name(found.st_uid)} may connect to {path}",
-            "start the agent with --socket-group GROUP and join that group",
-        )
-    try:
-        joined = me in grp.getgrgid(found.st_gid).gr_mem
-    except KeyError:
-        joined = False
-    reason = f"only root and members of the group {group} may connect to {path}"
-    if joined:
-        return Refusal("permission_denied", f"{reason}; {me} has joined it since this session began", "log in again")
-    return Refusal("permission_denied", reason, f"sudo usermod -aG {group} {me}, then log in again")
-
-
-def _is_socket(path: Path) -> bool:
-    try:
-        return stat.S_ISSOCK(path.stat().st_mode)
-    except OSError:
-        return False
-
-
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
-
-
-def _group(gid: int) -> str:
-    import grp
-
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from melodi_otel.cli import doctor_hub
 from melodi_otel.cli.app import app
 from melodi_otel.cli.doctor import destinations, examine, installed, verdict
 from melodi_otel.config import Config
+from melodi_otel.hub.presence import Hub, Presence
+from melodi_otel.hub.refusals import Refusal as Refused
+from melodi_otel.hub.sockets import listen
 from melodi_otel.identity import Identity
 from melodi_otel.identity.kubernetes import VARIABLES
 from melodi_otel.sources.base import Discovery, Refusal
@@ -158,3 +167,76 @@ def test_a_secret_is_not_shown(runtime, monkeypatch):
         result = CliRunner().invoke(app, words)
         assert "(set, not shown)" in result.stdout
         assert "s3cret" not in result.stdout + result.stderr
+
+
+def test_the_hub_that_is_reachable(runtime):
+    """Whose it is and where it serves, as text and as JSON; the tier that a program would use."""
+    path = Path(tempfile.mkdtemp(dir="/tmp")) / "s"
+    try:
+        with listen(path, mode=0o600):
+            path.with_name("s.metrics").write_text("http://127.0.0.1:9465/metrics")
+            out = invoke(MELODI_HUB=path).stdout
+            hub = json.loads(invoke("--json", MELODI_HUB=path).stdout)["hub"]
+    finally:
+        shutil.rmtree(path.parent)
+    assert re.search(
+        rf"^  the hub of MELODI_HUB, {path}: reachable \(user \S+, process {os.getpid()}\)$", out, re.MULTILINE
+    )
+    assert "\n    metrics page: http://127.0.0.1:9465/metrics\n" in out
+    assert (hub["setting"], hub["used"], hub["publisher"].keys()) == (str(path), "named", {"held", "pid"})
+    assert hub["hubs"] == [
+        {
+            "tier": "named",
+            "socket": str(path),
+            "state": "ok",
+            "reason": "",
+            "fix": "",
+            "pid": os.getpid(),
+            "uid": os.getuid(),
+            "listener": hub["hubs"][0]["listener"],
+            "page": "http://127.0.0.1:9465/metrics",
+        }
+    ]
+
+
+REFUSED = Refused(
+    "permission_denied", "only root and members of the group melodi may connect", "sudo usermod -aG melodi a"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "lines"),
+    [
+        (Refused("absent", "there is no socket /s"), ["the host's agent, /s: absent"]),
+        (
+            Refused("stale", "nobody listens", "start it"),
+            ["the host's agent, /s: stale", "  nobody listens", "  to repair: start it"],
+        ),
+        (
+            REFUSED,
+            [
+                "the host's agent, /s: refused",
+                "  only root and members of the group melodi may connect",
+                "  to repair: sudo usermod -aG melodi a",
+            ],
+        ),
+    ],
+)
+def test_the_hub_that_is_not(answer, lines):
+    """Absent in one line; refused and stale with the reason and the command that helps."""
+    presence = Presence("auto", (Hub("agent", Path("/s"), answer),), None, None, ("a note",))
+    assert list(doctor_hub.lines(doctor_hub.as_data(presence))) == [*lines, "a note"]
+
+
+@pytest.mark.parametrize(
+    ("held", "pid", "words"),
+    [
+        (True, 7, "is published by process 7"),
+        (True, None, "is published by a process that cannot be seen from here"),
+        (False, None, "is published by nobody now; the first meter that runs does"),
+    ],
+)
+def test_who_publishes_the_machine(held, pid, words):
+    """The publisher of hw.* where it can be seen."""
+    (line,) = doctor_hub.lines(doctor_hub.as_data(Presence("local", (), held, pid)))
+    assert line == f"the machine's own energy (hw.*) {words}"
