@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
@@ -286,6 +288,18 @@ VARIABLES: Final[dict[str, Variable]] = {
 
 GROUP_VARIABLE: Final = "MELODI_GROUP_TOKEN"
 """The token of a group of processes: the first one makes it, its children inherit it."""
+
+
+def new_group() -> str:
+    """A token for the processes that are started from here; it says who made it."""
+    return f"{secrets.token_hex(8)}-{os.getpid()}"
+
+
+def inherited_group(environ: Mapping[str, str]) -> bool:
+    """Whether the token came from a parent: this is one of several processes of a group."""
+    token = environ.get(GROUP_VARIABLE)
+    return bool(token) and token.rpartition("-")[2] != str(os.getpid())
+
 
 SERVER_VARIABLE: Final = "MELODI_METRICS_SERVER"
 """``PID@HOST:PORT`` of the process that serves metrics; its children leave that address to it."""

@@ -73,6 +73,11 @@ class GroupClocks:
             self._kept.pop(group, None)
             return [EngineId(group, WHOLE)]
 
+    def pids(self) -> list[int]:
+        """The processes that are connected."""
+        with self._lock:
+            return [pid for _, pid in self._clocks]
+
     def read(self) -> CpuTimes | None:
         """CPU seconds of the hub itself and of the host."""
         return self._own.read()
@@ -80,6 +85,10 @@ class GroupClocks:
     def groups(self) -> Mapping[EngineId, float]:
         """Cumulative CPU seconds by group, of those whose processes can be seen."""
         found: dict[EngineId, float] = {}
+        own = self._own.read()
+        if own is not None:
+            # The hub itself, always: the host's load stays known without any program, and with it what is foreign or idle.
+            found[EngineId("", WHOLE)] = own.busy_s
         with self._lock:
             pids = {pid for _, pid in self._clocks}
             for (group, pid), clock in self._clocks.items():

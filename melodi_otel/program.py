@@ -11,13 +11,12 @@ import functools
 import importlib
 import logging
 import os
-import secrets
 import sys
 import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from melodi_otel.config import GROUP_VARIABLE, Config
+from melodi_otel.config import GROUP_VARIABLE, Config, new_group
 from melodi_otel.standby import ENGINES, Standby
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def prepare(
             return None
         # Processes that are started from here on are one group, also those that were started before any had work.
         if GROUP_VARIABLE not in os.environ:
-            os.environ[GROUP_VARIABLE] = secrets.token_hex(8)
+            os.environ[GROUP_VARIABLE] = new_group()
             _group_is_ours = True
         made = Standby(settings, wake, tracer_provider, meter_provider)
         made.begin()

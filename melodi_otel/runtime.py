@@ -23,7 +23,7 @@ from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Meter, Reason
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.clock import Clock, SystemClock
-from melodi_otel.config import GROUP_VARIABLE, Config
+from melodi_otel.config import GROUP_VARIABLE, Config, new_group
 from melodi_otel.devices import Device
 from melodi_otel.hub import wire
 from melodi_otel.hub.choice import Choice
@@ -87,7 +87,7 @@ class Runtime:
     ) -> None:
         self.config = config
         self.clock: Clock = clock or SystemClock()
-        self.group = environ.get(GROUP_VARIABLE) or secrets.token_hex(8)
+        self.group = environ.get(GROUP_VARIABLE) or new_group()
         self.store = Store()
         whose = Whose(config)
         self._metric_labels = whose.metric

@@ -7,6 +7,7 @@ served by a hub never opens a meter of its own.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from melodi_otel.config import Config
 from melodi_otel.devices import Device
 from melodi_otel.errors import ConfigError
 from melodi_otel.group_clocks import GroupClocks
+from melodi_otel.host_pids import HostPids, family
+from melodi_otel.neighbours import Neighbours
 from melodi_otel.processes import ProcessClock
 from melodi_otel.readings import Readings
 from melodi_otel.sampler import Sampler
@@ -92,6 +95,7 @@ class Station:
         self._complete = threading.Event()
         self.process = ProcessClock(config.procfs_root)
         self.sampler = self._make_sampler()
+        self._neighbours: Neighbours | None = None
         self._settler: threading.Thread | None = None
         self._stopping = False
         self._started = False
@@ -179,6 +183,7 @@ class Station:
         """The sampler's and the settling thread, where they do not run."""
         if self.discovery.sources and not self._stale:
             self.sampler.start()
+            self._start_neighbours()
         if self._elsewhere is None and (self._settler is None or not self._settler.is_alive()):
             self._settler = threading.Thread(target=self._settle, name="melodi-otel-settle", daemon=True)
             self._settler.start()
@@ -202,6 +207,9 @@ class Station:
         if self._recorder is not None:
             self._recorder.close()
         self.process.close()
+        if self._neighbours is not None:
+            self._neighbours.stop()
+            self._neighbours = None
         for source in self.discovery.sources:
             source.close()
 
@@ -215,6 +223,7 @@ class Station:
         self._complete = threading.Event()
         self._child = True
         self._settler = None
+        self._neighbours = None
         self._stale = True
         # Copies of descriptors would keep files open for as long as the child lives, whether it meters or not.
         self.process.close()
@@ -249,6 +258,22 @@ class Station:
             if self.config.span_wait is None:
                 self._span_wait_s = max((wait_s(device) for device in self._found.values()), default=1.0)
         self.sampler = self._make_sampler()
+        made = Neighbours(
+            self.discovery.sources,
+            self.clock,
+            self._ours,
+            self.ledger.foreign,
+            numbers=HostPids(self.config.procfs_root),
+        )
+        self._neighbours = made if made.useful else None
+
+    def _start_neighbours(self) -> None:
+        if self._neighbours is not None and not self._neighbours.running:
+            self._neighbours.start()
+            self._neighbours.activity(self.ledger.open_count, self.clock.monotonic_ns())
+
+    def _ours(self) -> frozenset[int]:
+        return family([os.getpid()] if self._clocks is None else self._clocks.pids())
 
     def _find_later(self) -> None:
         """On the settle thread: the meters of a station that was made with ``later``, or a forked child's own.
@@ -270,6 +295,7 @@ class Station:
             if self.discovery.sources and not self._stopping:
                 self.sampler.start()
                 self.sampler.activity(self.ledger.open_count, self.clock.monotonic_ns())
+                self._start_neighbours()
         finally:
             self._complete.set()
 
@@ -318,6 +344,8 @@ class Station:
         if self._settler is None and self._started and self._elsewhere is None:
             self.run_threads()
         self.sampler.activity(open_count, t_ns)
+        if self._neighbours is not None:
+            self._neighbours.activity(open_count, t_ns)
         if not self.discovery.sources:
             self._moved.set()
 

@@ -107,10 +107,10 @@ class Core:
         for account in self.accounts.values():
             account.cpu.end(engine)
 
-    def foreign(self, device: str, t_ns: int, share: float) -> None:
+    def foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
         account = self._account(device)
         if account is not None:
-            account.foreign.tell(t_ns, share)
+            account.foreign.tell(t_ns, share, others)
 
     def _account(self, device: str) -> Account | None:
         account = self.accounts.get(device)

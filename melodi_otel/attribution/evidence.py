@@ -131,11 +131,11 @@ class Foreign:
     """Part of a device's dynamic energy that other processes use: holds from when it is told until it is told anew."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[int, float]] = []
+        self._told: list[tuple[int, float, bool | None]] = []
 
-    def tell(self, t_ns: int, share: float) -> None:
-        """``share`` (0..1) from ``t_ns`` on."""
-        self._told.append((t_ns, max(0.0, min(1.0, share))))
+    def tell(self, t_ns: int, share: float, others: bool | None = False) -> None:
+        """``share`` (0..1) from ``t_ns`` on; ``others``: whether others compute there at all (None: not known)."""
+        self._told.append((t_ns, max(0.0, min(1.0, share)), others))
         if len(self._told) > 256:
             del self._told[:128]
 
@@ -145,9 +145,21 @@ class Foreign:
     def share(self, t0_ns: int, t1_ns: int) -> float:
         """Time-mean share in [t0, t1]; 0 before anything was told."""
         held = 0.0
-        for (t, share), stop in zip(self._told, self._ends(t1_ns), strict=True):
+        for (t, share, _), stop in zip(self._told, self._ends(t1_ns), strict=True):
             held += share * max(0, min(stop, t1_ns) - max(t, t0_ns))
         return held / (t1_ns - t0_ns)
 
+    def exclusive(self, t0_ns: int, t1_ns: int) -> bool | None:
+        """Whether nobody else computed in [t0, t1]; None: not known. What is told first holds for what was before, too."""
+        ends = self._ends(max(t1_ns, self._told[-1][0])) if self._told else ()
+        said = [
+            others
+            for at, ((t, _, others), stop) in enumerate(zip(self._told, ends, strict=True))
+            if (t <= t1_ns) and (stop > t0_ns or at == len(self._told) - 1)
+        ]
+        if True in said:
+            return False
+        return None if not said or None in said else True
+
     def _ends(self, t1_ns: int) -> Iterable[int]:
-        return [t for t, _ in self._told[1:]] + [t1_ns]
+        return [t for t, _, _ in self._told[1:]] + [t1_ns]

@@ -113,9 +113,15 @@ def _share(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
         concurrency=max(1.0, accrual.company_ns / accrual.busy_ns) if accrual.busy_ns else 1.0,
         final_ns=now_ns,
         reason=reason,
-        exclusive=not accrual.foreign if account.foreign or account.cpu.series else None,
+        exclusive=_exclusive(activity, account, accrual, end),
         rollup=rollup(activity, account.device.id) if activity.nested else joules,
     )
+
+
+def _exclusive(activity: Activity, account: Account, accrual: Accrual, end: int) -> bool | None:
+    if accrual.foreign:
+        return False
+    return True if account.cpu.series else account.foreign.exclusive(activity.open_ns, end)
 
 
 def _unknown(activity: Activity, account: Account, end: int, now_ns: int) -> Share:

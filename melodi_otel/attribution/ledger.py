@@ -138,9 +138,12 @@ class Ledger:
         """The processes of this series are gone: it counts up to its last reading, and is waited for no more."""
         self._inbox.append((self._core.cpu_gone, (engine,)))
 
-    def foreign(self, device: str, t_ns: int, share: float) -> None:
-        """From ``t_ns`` on other processes use ``share`` (0..1) of the device's dynamic energy."""
-        self._inbox.append((self._core.foreign, (device, t_ns, share)))
+    def foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
+        """From ``t_ns`` on other processes use ``share`` (0..1) of the device's dynamic energy.
+
+        ``others`` True: somebody else computes there, of whom no share is known; None: whether anybody does is not known.
+        """
+        self._inbox.append((self._core.foreign, (device, t_ns, share, others)))
 
     # --- the meter interface ---------------------------------------------------------------------------------------
 

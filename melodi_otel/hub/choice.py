@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from melodi_otel.config import GROUP_VARIABLE
+from melodi_otel.config import inherited_group
 from melodi_otel.hub import launch, places
 from melodi_otel.hub.client import HubClient, HubLost
 from melodi_otel.hub.sockets import ConnectRefused, connect
@@ -75,7 +75,7 @@ class Choice:
         self._setting = setting
         self._environ = environ
         self._start = start or (lambda path: launch.start(path, environ))
-        self.agent = Hub("agent", agent or places.agent_socket())
+        self.agent = Hub("agent", agent or places.AGENT_SOCKET)
         self._forked = forked
         self._now = now
         self._starts: deque[float] = deque()
@@ -85,7 +85,7 @@ class Choice:
     def shared(self) -> Hub | None:
         """This user's shared hub, running or not; None: there is no place for its socket."""
         try:
-            return Hub("shared", places.shared_socket(self._environ))
+            return Hub("shared", places.shared_socket(places.runtime_directory(self._environ)))
         except Exception as error:
             log.debug("there is no place for a shared hub's socket: %s", error)
             return None
@@ -154,7 +154,7 @@ class Choice:
 
     def _several(self) -> bool:
         """Whether this is probably one of several processes that meter the same hardware."""
-        if self._forked or self._environ.get(GROUP_VARIABLE) or "vllm" in sys.modules:
+        if self._forked or inherited_group(self._environ) or "vllm" in sys.modules:
             return True
         children = sys.modules.get("multiprocessing.process")
         if children is not None and children.parent_process() is not None:

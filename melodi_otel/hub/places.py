@@ -132,17 +132,17 @@ def socket_path(path: str) -> Path:
 
 def lock_file(socket: Path) -> Path:
     """Who holds the lock on this file may bind ``socket``. It is never removed: a lock on a removed file guards nothing."""
-    return socket.with_suffix(".lock")
+    return socket.with_name(f"{socket.name}.lock")
 
 
 def journal_file(socket: Path) -> Path:
     """Where the hub at ``socket`` writes each second what the next one needs."""
-    return socket.with_suffix(".journal")
+    return socket.with_name(f"{socket.name}.journal")
 
 
 def address_file(socket: Path) -> Path:
     """Where the hub at ``socket`` writes the URL of its metrics."""
-    return socket.with_suffix(".address")
+    return socket.with_name(f"{socket.name}.metrics")
 
 
 def filesystem_of(path: Path, mountinfo: str) -> str:

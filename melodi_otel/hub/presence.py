@@ -7,16 +7,15 @@ it is, and why it cannot be reached.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from melodi_otel.hub.directory import user_name
+from melodi_otel.hub.places import AGENT_SOCKET, NoPlace, address_file, runtime_directory
+from melodi_otel.hub.places import shared_socket as shared_in
 from melodi_otel.hub.sockets import SYSTEM, Refusal, attempt
-
-AGENT_SOCKET: Final = Path("/run/melodi-otel/hub.sock")
 
 Tier = Literal["agent", "shared", "named"]
 
@@ -64,13 +63,6 @@ class Presence:
         return next((hub for hub in self.hubs if hub.answer.state == "ok"), None)
 
 
-def shared_socket(environ: Mapping[str, str], uid: int) -> Path:
-    """Where the hub of a user listens."""
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
-    base = Path(runtime) / "melodi-otel" if runtime.startswith("/") else None
-    return (base or Path(tempfile.gettempdir()) / f"melodi-otel-{uid}") / "hub.sock"
-
-
 def look(
     setting: str,
     environ: Mapping[str, str],
@@ -97,15 +89,19 @@ def look(
     """
     uid = os.getuid() if hasattr(os, "getuid") else 0
     places: list[tuple[Tier, Path]] = []
+    no_place = None
     if setting.startswith("/"):
         places.append(("named", Path(setting)))
     elif setting == "auto":
         places.append(("agent", agent))
     if setting in ("auto", "shared"):
-        places.append(("shared", shared or shared_socket(environ, uid)))
+        try:
+            places.append(("shared", shared or shared_in(runtime_directory(environ, uid=uid))))
+        except NoPlace as error:
+            no_place = str(error)
     hubs = tuple(_hub(tier, path, timeout, system) for tier, path in places)
     held, pid = _publisher(publisher, procfs)
-    return Presence(setting, hubs, held, pid, tuple(_notes(hubs, setting, container)))
+    return Presence(setting, hubs, held, pid, (*_notes(hubs, setting, container), *([no_place] if no_place else [])))
 
 
 def _hub(tier: Tier, path: Path, timeout: float, system: Path) -> Hub:
@@ -115,7 +111,7 @@ def _hub(tier: Tier, path: Path, timeout: float, system: Path) -> Hub:
         listener = user_name(answer.peer.uid) + (f", process {answer.peer.pid}" if answer.peer.pid else "")
     page = None
     if answer.state == "ok":
-        page = _line(path.with_name(path.name + ".metrics"))
+        page = _line(address_file(path))
     return Hub(tier, path, answer, listener, page)
 
 

@@ -141,11 +141,12 @@ class CpuLine(msgspec.Struct, tag="cpu", tag_field="kind", omit_defaults=True):
 
 
 class ForeignLine(msgspec.Struct, tag="foreign", tag_field="kind", omit_defaults=True):
-    """From ``t`` on other processes use this share of the device's dynamic energy."""
+    """From ``t`` on other processes use this share of the device's dynamic energy; ``others``: whether any computes."""
 
     t: float
     device: str
     share: float
+    others: bool | None = False
 
 
 class UnseenLine(msgspec.Struct, tag="unseen", tag_field="kind", omit_defaults=True):

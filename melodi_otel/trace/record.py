@@ -156,8 +156,8 @@ class Recorder:
         name = None if engine is None else engine_name(engine)
         self._line(form.CpuLine(seconds(t_ns), device, busy_s, host_busy_s, name))
 
-    def _foreign(self, device: str, t_ns: int, share: float) -> None:
-        self._line(form.ForeignLine(seconds(t_ns), device, share))
+    def _foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
+        self._line(form.ForeignLine(seconds(t_ns), device, share, others))
 
     def _engine(
         self,

@@ -145,7 +145,7 @@ class Replay:
                 engine = self._engine_id(line.engine) if line.engine is not None else None
                 self._ledger.cpu(line.device, engine, self._now(line.t), line.busy_s, line.host_busy_s)
             case form.ForeignLine():
-                self._ledger.foreign(line.device, self._now(line.t), line.share)
+                self._ledger.foreign(line.device, self._now(line.t), line.share, line.others)
             case form.UnseenLine():
                 self._ledger.unseen(self._now(line.t), line.change)
             case form.DeviceLine():

@@ -208,7 +208,7 @@ def test_files_lie_beside_the_socket() -> None:
     socket = shared_socket(Path("/run/user/7"))
     assert socket == Path("/run/user/7/melodi-otel/hub.sock")
     beside = [of(socket) for of in (lock_file, journal_file, address_file)]
-    assert [path.name for path in beside] == ["hub.lock", "hub.journal", "hub.address"]
+    assert [path.name for path in beside] == ["hub.sock.lock", "hub.sock.journal", "hub.sock.metrics"]
     assert {path.parent for path in beside} == {socket.parent}
 
 
