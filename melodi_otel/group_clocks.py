@@ -31,7 +31,11 @@ class GroupClocks:
         self, procfs: str = "/proc", processes: str = "/proc", clock: Callable[[int], ProcessClock] | None = None
     ) -> None:
         self._root = Path(processes)
-        self._make = clock or (lambda pid: ProcessClock(procfs, pid, own_procfs=processes))
+
+        def process_clock(pid: int) -> ProcessClock:
+            return ProcessClock(procfs, pid, own_procfs=processes)
+
+        self._make = clock or process_clock
         self._lock = threading.Lock()
         self._own = ProcessClock(procfs)
         self._clocks: dict[tuple[str, int], ProcessClock] = {}

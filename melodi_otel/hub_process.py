@@ -188,7 +188,7 @@ class HubProcess:
         self._publisher.close()
         self._clocks.close()
         station.close()
-        if self.mode == "shared" and (self.server is None or not self.server.idle_s() == 0.0):
+        if self.mode == "shared" and (self.server is None or self.server.idle_s() > 0.0):
             self._journal.remove()
 
     # --- what it tells ------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     0: it ended as it should, or another one is there already; 2: it cannot be one. What it says is in ``PATH.log``.
     """
     if len(arguments) != 2 or arguments[0] != "hub":
-        print("usage: python -m melodi_otel.runtime hub PATH", file=sys.stderr)
+        sys.stderr.write("usage: python -m melodi_otel.runtime hub PATH\n")
         return 2
     path = Path(arguments[1])
     try:
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str]) -> int:
     except HubBusy:
         return 0  # two programs started one at the same time
     except HubError as error:
-        print(f"melodi-otel: {error}", file=sys.stderr)
+        sys.stderr.write(f"melodi-otel: {error}\n")
         return 2
     handler = RotatingFileHandler(path.with_name(f"{path.name}.log"), maxBytes=1 << 20, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -353,8 +353,12 @@ def main(arguments: Sequence[str]) -> int:
             journal=path.with_name(f"{path.name}.journal"),
             linger_s=linger_s,
         )
+
+        def stop(_number: int, _frame: object) -> None:
+            hub.request_stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: hub.request_stop())
+            signal.signal(number, stop)
         hub.start()
         log.info("a shared hub serves at %s", path)
         hub.wait()

@@ -85,7 +85,7 @@ class ProcessSource(Protocol):
 class Tell(Protocol):
     """Where it is told: others' part of the SM time (0..1) from ``t_ns`` on, and whether others compute (None: not known)."""
 
-    def __call__(self, device_id: str, t_ns: int, share: float, others: bool | None) -> None: ...
+    def __call__(self, device: str, t_ns: int, share: float, others: bool | None) -> None: ...
 
 
 class _Seen(NamedTuple):

@@ -42,6 +42,8 @@ def _no_outer_configuration(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("MELODI_", "OTEL_")):
             monkeypatch.delenv(name)
+    # A hub that a test has not asked for would outlive it.
+    monkeypatch.setenv("MELODI_HUB", "local")
 
 
 @pytest.fixture(autouse=True)

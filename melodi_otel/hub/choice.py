@@ -74,7 +74,11 @@ class Choice:
     ) -> None:
         self._setting = setting
         self._environ = environ
-        self._start = start or (lambda path: launch.start(path, environ))
+
+        def start_here(path: Path) -> None:
+            launch.start(path, environ)
+
+        self._start = start or start_here
         self.agent = Hub("agent", agent or places.AGENT_SOCKET)
         self._forked = forked
         self._now = now

@@ -100,7 +100,8 @@ class Journal:
         page = Page(FORMAT, self._boot, hub, self._now(), state, promises)
         beside = self._path.with_name(self._path.name + ".new")
         try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(self._encode(page))
             beside.replace(self._path)
         except OSError as error:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from melodi_otel.hub.directory import user_name
 from melodi_otel.hub.places import AGENT_SOCKET, NoPlace, address_file, runtime_directory

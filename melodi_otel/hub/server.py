@@ -46,7 +46,6 @@ class SettlingBooks(Books, Protocol):
 
     def stir(self, now_ns: int) -> bool: ...
     def settle(self, now_ns: int) -> None: ...
-    def accrued(self) -> dict[Key, list[Share]]: ...
     def state(self, now_ns: int) -> State: ...
     def between(self, device: str, t0_ns: int, t1_ns: int) -> float | None: ...
 
@@ -172,6 +171,10 @@ class Server:
 
     def _leave(self) -> None:
         self._settle()
+        try:
+            self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
+        except Exception:
+            log.exception("the last joules could not be told")
         for connection in list(self._sessions.values()):
             connection.transport.close()
         self._loop.call_later(0.05, self._loop.stop)
@@ -233,9 +236,12 @@ class Server:
         for session, number, told in news:
             self._sessions[session].send([wire.Settled(number, told)])
         if accrued:
+            shares: dict[Key, list[Share]] = {}
+            for share in state.accrued:
+                shares.setdefault(share.key, []).append(share)
             so_far: dict[str, list[wire.Told]] = {}
-            for key, shares in self._books.accrued().items():
-                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, shares))
+            for key, known in shares.items():
+                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, known))
             for session, connection in self._sessions.items():
                 mine = [told for told in so_far.get(session.group, []) if told.request in session.open]
                 connection.send([wire.Accrued(now_ns, part) for part in chunks(mine)] or [wire.Accrued(now_ns, [])])

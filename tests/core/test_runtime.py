@@ -37,7 +37,7 @@ def tree(tmp_path: Path) -> FakePowercap:
 @pytest.fixture
 def config(tree: FakePowercap) -> Config:
     """That package and nothing else."""
-    return Config(sysfs_root=str(tree.root), sources=("rapl",))
+    return Config(sysfs_root=str(tree.root), sources=("rapl",), hub="local")
 
 
 @pytest.fixture
