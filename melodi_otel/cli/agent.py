@@ -138,7 +138,7 @@ def serve(
     #   2. drop      capabilities belong to threads, so there must be one only
     #   3. import    numpy starts threads when it is imported, so the work is imported now, not above
     #   4. start     opens the meters, which CAP_DAC_READ_SEARCH and CAP_PERFMON still let it, and starts threads
-    listener = listen(_socket(options), mode=mode, group=_group(options), owner=owner)
+    listener = listen(_socket(options), mode=mode, group=_group(options, mode), owner=owner)
     try:
         _drop(options, environ)
         process = (make or _real())(
@@ -227,7 +227,7 @@ def _socket(options: Options) -> Path:
     return options.socket
 
 
-def _group(options: Options) -> str | None:
+def _group(options: Options, mode: int) -> str | None:
     if options.socket_group is not None:
         return options.socket_group
     import grp
@@ -235,10 +235,12 @@ def _group(options: Options) -> str | None:
     try:
         grp.getgrnam(GROUP)
     except KeyError:
+        if mode & 0o002:
+            return None  # it lets everybody in
         log.warning(
-            "there is no group %s, so only %s and root may connect to %s; to let others in: groupadd --system %s",
+            "there is no group %s, so only %s may connect to %s; to let others in: groupadd --system %s",
             GROUP,
-            user_name(os.geteuid()),
+            "root" if os.geteuid() == 0 else f"{user_name(os.geteuid())} and root",
             options.socket,
             GROUP,
         )

@@ -49,6 +49,17 @@ class Listener(socket.socket):
     _lock: Lock | None = None
     _inode: tuple[int, int] = (0, 0)
     _owner: int = 0
+    _listens: bool = False
+
+    def listen(self, backlog: int = 128, /) -> None:
+        """Only once.
+
+        Each time, the kernel notes anew whom programs see at this end, and when a server does it again, root has become
+        somebody whom they do not know.
+        """
+        if not self._listens:
+            super().listen(backlog)
+            self._listens = True
 
     def close(self) -> None:
         """Stop listening. Only the process that bound it takes the file away: a fork's copy is just closed."""
