@@ -210,7 +210,7 @@ class Runtime:
     @property
     def hub(self) -> HubClient | None:
         """The hub in use, or None."""
-        return None if self._moving is None else self._moving.hub
+        return self._moving.hub if self._moving else None
 
     @property
     def endpoint_url(self) -> str | None:
@@ -279,6 +279,7 @@ class Runtime:
                     self._moving.begin(connect)
             except BaseException:
                 self._started = False
+                self._tracers.unwrap()
                 raise
             if connect is not None:
                 self._tend_soon()

@@ -188,9 +188,9 @@ class _Settings:
 
 
 def _real() -> Factory:
-    from importlib import import_module
+    from melodi_otel.hub_process import HubProcess
 
-    return import_module("melodi_otel.hub_process").HubProcess
+    return HubProcess
 
 
 def _address(option: str | None, variable: str | None, environ: Mapping[str, str]) -> str | None:

@@ -17,11 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import (
     Decode,
     EngineId,
@@ -36,6 +35,7 @@ from melodi_otel.attribution.meter import (
 )
 from melodi_otel.hub.client import HubClient
 from melodi_otel.hub.lanes import LaneMirror
+from melodi_otel.hub.parts import Orphan, closed_part, give, settle_orphans, summed
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
@@ -70,17 +70,6 @@ class _Kept:
     tokens: int | None = None
     first_token_ns: int | None = None
     parts: list[Future[list[Share]]] = field(default_factory=list["Future[list[Share]]"])
-
-
-@dataclass(slots=True)
-class _Orphan:
-    """A part of a request whose meter is gone: until when it was there, and what that meter last acknowledged."""
-
-    key: Key
-    part: Future[list[Share]]
-    open_ns: int
-    end_ns: int
-    acknowledged: list[Share]
 
 
 class MovingMeter:
@@ -119,7 +108,7 @@ class MovingMeter:
         self._engines: dict[EngineId, dict[str, Any]] = {}
         self._lanes: dict[tuple[EngineId, int], LaneMirror] = {}
         self._unseen = 0
-        self._orphans: list[_Orphan] = []
+        self._orphans: list[Orphan] = []
         self._leaving: list[HubClient] = []
         self._rising: HubClient | None = None
         self._looked_ns = 0
@@ -188,9 +177,9 @@ class MovingMeter:
                 key = Key(client.group, request)
                 shares = client.accrued.pop(request, [])
                 unknown = client.unknown(key, pending.open_ns, pending.close_ns, "shutdown")
-                _give(pending.future, _closed_part(key, shares, pending.close_ns) or unknown)
+                give(pending.future, closed_part(key, shares, pending.close_ns) or unknown)
         for orphan in orphans:
-            _give(orphan.part, orphan.acknowledged)
+            give(orphan.part, orphan.acknowledged)
 
     def forked(self, places: Places, choose: Callable[[], Callable[[], Any] | None]) -> None:
         """In a child: nothing of the parent's; the next open chooses anew, with ``choose``."""
@@ -380,7 +369,7 @@ class MovingMeter:
                 prompt_tokens=prompt_tokens,
                 cached_tokens=cached_tokens,
             )
-        return last if not kept.parts else _sum([*kept.parts, last])
+        return last if not kept.parts else summed([*kept.parts, last])
 
     # --- moving -------------------------------------------------------------------------------------------------------
 
@@ -477,13 +466,13 @@ class MovingMeter:
             client.pending.pop(request, None)
             key = Key(client.group, request)
             shares = client.accrued.get(request, [])
-            self._orphans.append(_Orphan(key, pending.future, pending.open_ns, pending.close_ns, shares))
+            self._orphans.append(Orphan(key, pending.future, pending.open_ns, pending.close_ns, shares))
         for kept in self._kept.values():
             if kept.target is lost and client is lost:
                 part: Future[list[Share]] = Future()
                 kept.parts.append(part)
                 since = client.opened.get(kept.key.request, kept.t_ns)
-                self._orphans.append(_Orphan(kept.key, part, since, t_ns, client.accrued.get(kept.key.request, [])))
+                self._orphans.append(Orphan(kept.key, part, since, t_ns, client.accrued.get(kept.key.request, [])))
 
     def _came_back(self, welcome: Welcome, resumed: Mapping[str, Told]) -> None:
         with self._lock:
@@ -492,15 +481,7 @@ class MovingMeter:
 
     def _settle_orphans(self, resumed: Mapping[str, Told]) -> None:
         orphans, self._orphans = self._orphans, []
-        once = dict(resumed)
-        for orphan in orphans:
-            # A request that was told to a hub that never answered has two parts here; only the first had any joules.
-            told = once.pop(orphan.key.request, None)
-            if told is not None and told.final:
-                _give(orphan.part, [_keyed(share, orphan.key) for share in told.shares])
-                continue
-            shares = [_keyed(share, orphan.key) for share in (told.shares if told else orphan.acknowledged)]
-            _give(orphan.part, _closed_part(orphan.key, shares, orphan.end_ns))
+        settle_orphans(orphans, resumed)
 
     def _clients(self) -> list[HubClient]:
         found = [*self._leaving]
@@ -520,50 +501,3 @@ class MovingMeter:
         if len(self._lanes) > 1000:
             for at in [at for at, mirror in self._lanes.items() if not mirror.members][:500]:
                 del self._lanes[at]
-
-
-def _closed_part(key: Key, shares: list[Share], end_ns: int) -> list[Share]:
-    """``shares`` up to ``end_ns``, of which the last stretch is not known."""
-    return [
-        share
-        if share.t1_ns >= end_ns
-        else merge_shares(
-            [share],
-            [
-                Share(key, share.device, share.t1_ns, end_ns, *([None] * 6), method=share.method,
-                      quality="unavailable", coverage=0.0, concurrency=share.concurrency, final_ns=share.final_ns,
-                      reason="no_samples")
-            ],
-        )[0]
-        for share in shares
-    ]  # fmt: skip
-
-
-def _keyed(share: Share, key: Key) -> Share:
-    return replace(share, key=key)
-
-
-def _give(future: Future[list[Share]], shares: list[Share]) -> None:
-    if not future.done():
-        future.set_result(shares)
-
-
-def _sum(parts: Sequence[Future[list[Share]]]) -> Future[list[Share]]:
-    """The shares of a request that several meters metered one after the other."""
-    whole: Future[list[Share]] = Future()
-    lock = threading.Lock()
-    left = [len(parts)]
-
-    def done(_: Future[list[Share]]) -> None:
-        with lock:
-            left[0] -= 1
-            if left[0]:
-                return
-        shares: list[Share] = []
-        for part in parts:
-            shares = merge_shares(shares, part.result())
-        whole.set_result(shares)
-
-    for part in parts:
-        part.add_done_callback(done)
-    return whole
