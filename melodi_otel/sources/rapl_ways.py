@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from melodi_otel.errors import Refused
 from melodi_otel.sources.base import Settings, Source
@@ -38,8 +39,8 @@ def open_rapl_ways(
     Raises:
         Refused: neither way works; the reason of powercap, and that of perf events where something can be done about it.
     """
-    by_perf = perf or (lambda s: open_perf_rapl(s, platform=platform))
-    by_powercap = powercap or (lambda s: open_rapl(s, platform=platform))
+    by_perf = perf or partial(open_perf_rapl, platform=platform)
+    by_powercap = powercap or partial(open_rapl, platform=platform)
     try:
         better = by_perf(settings)
     except Refused as denied:
