@@ -4,14 +4,16 @@ import errno
 import logging
 import os
 import platform as host
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from melodi_otel.errors import Gone, Refused, Transient
 from melodi_otel.sources.base import CounterSource, Forkable, Settings
-from melodi_otel.sources.perf_events import READING, LinuxPerf, find_pmu
+from melodi_otel.sources.perf_events import READING, LinuxPerf, find_pmu, paranoid_level
 from melodi_otel.sources.perf_rapl import PerfRaplSource, open_perf_rapl
 from melodi_otel.sources.rapl import open_rapl
 from melodi_otel.sources.rapl_ways import open_rapl_ways
@@ -453,3 +455,64 @@ def test_the_real_call_refuses_what_is_not_there() -> None:
     with pytest.raises(OSError, match="Errno") as caught:
         api.open(0x7FFFFFFF, 2, 0)
     assert caught.value.errno in (errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOSYS)
+
+
+KERNEL = """
+import os, sys
+if len(sys.argv) > 2 and os.getuid() == 0:
+    os.setgroups([])
+    os.setuid(65534)
+from melodi_otel.clock import SystemClock
+from melodi_otel.errors import Refused
+from melodi_otel.sources.base import Settings
+from melodi_otel.sources.perf_rapl import open_perf_rapl
+try:
+    source = open_perf_rapl(Settings(SystemClock(), {}, sysfs=sys.argv[1]))
+except Refused as error:
+    print(error.state, error.reason, error.fix, sep="|")
+else:
+    first, second = source.counters()[0].joules, source.counters()[0].joules
+    print("counts", first < second < 3600.0, source.devices[0].id, sep="|")
+"""
+
+
+def by_the_kernel(sysfs: Path, *words: str) -> list[str]:
+    """The whole way by real calls; the CPU clock (PMU 1, event 0, ns) stands in for RAPL."""
+    power = sysfs / "devices/power"
+    (power / "events").mkdir(parents=True)
+    for name, text in (("type", "1"), ("cpumask", "0"), ("events/energy-pkg", "event=0x00")):
+        (power / name).write_text(f"{text}\n", encoding="ascii")
+    (power / "events/energy-pkg.scale").write_text("1e-9\n", encoding="ascii")
+    (power / "events/energy-pkg.unit").write_text("Joules\n", encoding="ascii")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL, str(sysfs), *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip().split("|")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or host.machine() != "x86_64", reason="needs Linux on x86-64")
+def test_the_whole_way_by_the_real_kernel() -> None:
+    """Where the kernel allows it, it counts; where not, its own refusal becomes the named state."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = by_the_kernel(Path(folder))
+    if told[0] in ("permission_denied", "unsupported_platform"):
+        pytest.skip(told[1])
+    assert told == ["counts", "True", "intel-rapl:0"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or host.machine() != "x86_64", reason="needs Linux on x86-64")
+def test_the_real_kernel_refuses_an_ordinary_user() -> None:
+    """Above a level of 0 the kernel says EACCES to a process without CAP_PERFMON: permission_denied, level and commands."""
+    level = paranoid_level("/proc")
+    if level is None or level <= 0:
+        pytest.skip(f"kernel.perf_event_paranoid is {level}: everybody may")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        told = by_the_kernel(Path(folder), "nobody")
+    if told[0] == "unsupported_platform":
+        pytest.skip(told[1])
+    if told[0] == "counts" and os.getuid() != 0:
+        pytest.skip("this user has CAP_PERFMON")
+    assert told[0] == "permission_denied"
+    assert f"kernel.perf_event_paranoid is {level}, and it has no CAP_PERFMON" in told[1]
+    assert "sudo setcap cap_perfmon=ep" in told[2] or "--cap-add PERFMON" in told[2]
