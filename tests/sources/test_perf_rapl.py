@@ -458,14 +458,14 @@ def test_the_real_call_refuses_what_is_not_there() -> None:
 
 
 KERNEL = """
-import os, sys
-if len(sys.argv) > 2 and os.getuid() == 0:
-    os.setgroups([])
-    os.setuid(65534)
+import encodings.ascii, os, sys  # loaded while the library may still be read
 from melodi_otel.clock import SystemClock
 from melodi_otel.errors import Refused
 from melodi_otel.sources.base import Settings
 from melodi_otel.sources.perf_rapl import open_perf_rapl
+if len(sys.argv) > 2 and os.getuid() == 0:
+    os.setgroups([])
+    os.setuid(65534)
 try:
     source = open_perf_rapl(Settings(SystemClock(), {}, sysfs=sys.argv[1]))
 except Refused as error:
