@@ -200,6 +200,15 @@ def test_an_event_that_cannot_be_opened_is_left_out(tree: FakePowercap, perf: Fa
     assert source.notes[1].startswith("intel-rapl:0:0 (dram) is left out: perf events answer Invalid argument")
 
 
+def test_a_package_that_cannot_be_opened_refuses_all(tree: FakePowercap, perf: FakePerf, settings: Settings) -> None:
+    """Half of the packages would be half of the joules: nothing is used, and what was open is given back."""
+    perf.cpu(0, package=tree.package(0))
+    (perf.path / "cpumask").write_text("0,24\n", encoding="ascii")
+    with pytest.raises(Refused, match="Invalid argument"):
+        opened(settings, perf)
+    assert (len(perf.opened), perf.open_fds) == (1, 0)
+
+
 def test_no_pmu_and_no_linux(tree: FakePowercap, settings: Settings) -> None:
     """Without the PMU, or on another system, there is nothing that a person could repair."""
     with pytest.raises(Refused, match="no power PMU") as caught:
