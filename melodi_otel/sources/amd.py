@@ -11,7 +11,7 @@ when it is known which of the two is used. Nothing is lost; the first half secon
     after 5 s     nothing was drawn by either                             the counter
                   no gauge, and the counter does not move                 the GPU is left out
 
-A counter that stands still later for 5 s while the gauge shows power ends the device: its joules are unknown, not 0.
+A counter that stands still later for 5 s and 5 readings while the gauge shows power ends the device: its joules are unknown, not 0.
 
 An MI250 is two GPUs on one board; the first shows the power of both, the second shows none (ml-energy/zeus#203): the second
 is left out, with a note, and the first has the scope ``module``. After a fork the child's source is dead, as with NVML.
@@ -53,6 +53,7 @@ _CLOSE: Final = 0.25
 _FACTOR: Final = 2.0
 _NOTHING_J: Final = 1.0
 _DRAWS_W: Final = 5.0
+_STILL: Final = 5
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class Board:
         gauge_j: integral of the gauge since the first.
         held: readings that wait for the decision.
         moved_ns: when the counter was last seen to move.
+        still: readings in a row since then.
         failures: failed rounds in a row.
     """
 
@@ -81,6 +83,7 @@ class Board:
     gauge_j: float = 0.0
     held: list[tuple[int, float, float | None]] = field(default_factory=list[tuple[int, float, "float | None"]])
     moved_ns: int | None = None
+    still: int = 0
     failures: int = 0
 
 
@@ -268,8 +271,11 @@ class AmdSource:
 
     def _look_for_a_stop(self, board: Board, t_ns: int, joules: float, power: float | None) -> None:
         if board.last is None or joules != board.last[1] or not power or power < _DRAWS_W:
-            board.moved_ns = t_ns
-        elif board.moved_ns is not None and t_ns - board.moved_ns >= _LAST_S * NS_PER_S:
+            board.moved_ns, board.still = t_ns, 0
+        else:
+            board.still += 1
+        # A GPU that slept between two rare readings, and was woken by the second, has drawn nothing: one pair proves nothing.
+        if board.still >= _STILL and board.moved_ns is not None and t_ns - board.moved_ns >= _LAST_S * NS_PER_S:
             raise self._drop(board, f"its counter stands still while the gauge shows {power:.0f} W")
         board.last = (t_ns, joules, power)
 

@@ -98,7 +98,7 @@ class RaplSource:
     """
 
     name = "rapl"
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ("read through powercap",)
 
     def __init__(
         self,

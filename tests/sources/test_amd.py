@@ -145,6 +145,20 @@ def test_a_counter_at_rest_is_no_stop() -> None:
     assert [d.id for d in rig.source.devices] == ["u1"]
 
 
+def test_a_gpu_that_was_woken_by_the_reading_is_no_stop() -> None:
+    """Thirty seconds apart, equal figures and some watts at the second: it slept in between, and was woken to answer."""
+    gpu = FakeAmdGpu("u1", watts=100.0)
+    rig = Rig(gpu)
+    rig.run(1.0)
+    for _ in range(4):
+        gpu.gain = 0.0
+        rig.clock.advance(30.0)
+        rig.read()
+    gpu.gain = 1.0
+    rig.run(1.0)
+    assert [d.id for d in rig.source.devices] == ["u1"]
+
+
 def test_second_die_of_an_mi250_is_left_out() -> None:
     """The first die shows the power of both and says so by its scope; the second has no meter and is named."""
     name = "AMD Instinct MI250X / MI250"
