@@ -11,7 +11,8 @@ when it is known which of the two is used. Nothing is lost; the first half secon
     after 5 s     nothing was drawn by either                             the counter
                   no gauge, and the counter does not move                 the GPU is left out
 
-A counter that stands still later for 5 s and 5 readings while the gauge shows power ends the device: its joules are unknown, not 0.
+A counter that stands still later, for 5 s and 5 readings while the gauge shows power, ends the device: its joules are
+unknown, not 0.
 
 An MI250 is two GPUs on one board; the first shows the power of both, the second shows none (ml-energy/zeus#203): the second
 is left out, with a note, and the first has the scope ``module``. After a fork the child's source is dead, as with NVML.
