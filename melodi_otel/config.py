@@ -22,7 +22,10 @@ log = logging.getLogger("melodi_otel")
 
 StaticPolicy = Literal["busy_shared", "dynamic"]
 ForeignSpans = Literal["on", "rollup", "off"]
-BUILT_IN_SOURCES: Final = ("rapl", "nvml", "estimate")
+BUILT_IN_SOURCES: Final = ("nvml", "amd", "apple", "rapl", "cray", "estimate")
+"""In the order of preference; `rapl` is perf events where they are allowed, else powercap."""
+ONE_WAY_SOURCES: Final = ("rapl_perf", "powercap")
+"""One of the two ways of `rapl` alone; only by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,9 @@ def _source_names(raw: str) -> tuple[str, ...]:
 
 _FLAG: Final = "1 or 0"
 _SOURCES: Final = (
-    "a comma-separated list of source names: " + ", ".join(BUILT_IN_SOURCES) + " or an installed plug-in's"
+    "a comma-separated list of source names: "
+    + ", ".join((*BUILT_IN_SOURCES, *ONE_WAY_SOURCES))
+    + " or an installed plug-in's"
 )
 
 VARIABLES: Final[dict[str, Variable]] = {
@@ -211,7 +216,7 @@ VARIABLES: Final[dict[str, Variable]] = {
         "sources",
         _source_names,
         _SOURCES,
-        "Meters to use; default: all that measure. `estimate` must be asked for by name.",
+        "Meters to use; default: all that measure. `estimate`, `rapl_perf` and `powercap` must be asked for by name.",
     ),
     "MELODI_HUB": Variable("hub", _hub, "auto, local, shared or an absolute socket path", "Where the meter lives."),
     "MELODI_METRICS_ADDR": Variable(

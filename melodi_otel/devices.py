@@ -16,11 +16,11 @@ class Device:
         id: ``hw.id``: the GPU's UUID, ``intel-rapl:0``, …
         type: ``gpu``, ``cpu``, ``memory``; ``host`` only for meters of the whole machine (psys), never summed with others.
         source: method of the joules, e.g. ``nvml.energy_counter``, ``nvml.power_integral``, ``rapl.package``,
-            ``rapl.dram``, ``estimate.cpu_utilization``.
+            ``rapl.perf.package``, ``amd.energy_counter``, ``cray.node``, ``estimate.cpu_utilization``.
         name: model name for people.
         index: position in the vendor's own numbering (NVML index), for display only.
         parent: id of the device that contains this one (a package for its DRAM), else None.
-        scope: ``module`` where the counter covers more than the named device (Grace Hopper), else None.
+        scope: ``module`` where the counter covers more than the named device (Grace Hopper, MI250), else None.
         idle_watts: idle power in W where known beforehand; None: it is learnt.
         window_s: averaging window of a gauge in seconds; None: instantaneous or a counter.
         period_s: update period of the sensor in seconds; None: it is learnt.

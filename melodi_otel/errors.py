@@ -43,7 +43,7 @@ class Refused(SourceError):
         reason: what is wrong, in one sentence.
         fix: what the user can do about it, with the exact command or variable; empty where nothing helps.
         state: a closed name for programs, e.g. ``permission_denied``, ``no_device``, ``library_missing``,
-            ``library_too_old``, ``not_asked``.
+            ``library_too_old``, ``not_asked``, ``absent`` (this machine is not of the kind that has it: nothing to repair).
     """
 
     def __init__(self, reason: str, *, fix: str = "", state: str = "refused") -> None:

@@ -10,6 +10,7 @@ from melodi_otel.clock import Clock
 from melodi_otel.devices import Device
 from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import Discovery
+from melodi_otel.sources.discovery import QUIET
 from melodi_otel.telemetry.metrics import Hardware
 from melodi_otel.timeline.counter import Counter
 
@@ -97,7 +98,7 @@ class Readings:
         """What the meters show now."""
         now_ns = self._clock.monotonic_ns()
         states = sampler.states
-        up: dict[tuple[str, str | None], bool] = {(r.source, None): False for r in discovery.refusals}
+        up: dict[tuple[str, str | None], bool] = {(r.source, None): False for r in discovery.refusals if r.state not in QUIET}
         for source in discovery.sources:
             for device in source.devices:
                 up[(source.name, device.id)] = device.id not in self._gone and device.id not in self._failing

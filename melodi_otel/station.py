@@ -322,10 +322,18 @@ class Station:
     def settle(self) -> None:
         """Settle once; never raises."""
         try:
+            self.renew()
             self.ledger.settle(self.clock.monotonic_ns())
             self.record_out()
         except Exception:
             log.exception("melodi_otel: settling failed; it goes on with the next reading")
+
+    def renew(self) -> None:
+        """A meter may find out late by which method a device is measured."""
+        for device in self.discovery.devices:
+            known = self._found.get(device.id)
+            if known is not None and known.source != device.source:
+                self._found[device.id] = replace(known, source=device.source)
 
     def record_out(self) -> None:
         """Write what the recorder holds."""

@@ -20,12 +20,13 @@ from melodi_otel.errors import ConfigError
 from melodi_otel.hub.presence import Presence
 from melodi_otel.identity import Identity, identify
 from melodi_otel.sources.base import Discovery
+from melodi_otel.sources.discovery import UNCONFIRMED
 
 EXAMPLE = "Example: melodi-otel doctor --json"
 NOTHING, ONLY_ESTIMATED = 3, 4
 
-_LIBRARIES = ("torch", "transformers", "vllm", "pynvml", "pandas")
-_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
+_LIBRARIES = ("torch", "transformers", "vllm", "pynvml", "amdsmi", "zeus_apple_silicon", "pandas")
+_DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "zeus_apple_silicon": "zeus-apple-silicon"}
 _WORDS = {"gpu": "GPU", "cpu": "CPU package", "memory": "memory", "host": "whole machine"}
 
 
@@ -92,7 +93,12 @@ def examine(
         "exit_code": 0 if measured else (ONLY_ESTIMATED if devices else NOTHING),
         "disabled": config.disabled,
         "sources": [
-            {"name": source.name, "devices": [asdict(device) for device in source.devices]}
+            {
+                "name": source.name,
+                "devices": [asdict(device) for device in source.devices],
+                "confirmed": source.name not in UNCONFIRMED,
+                "notes": [str(note) for note in getattr(source, "notes", ())],
+            }
             for source in discovery.sources
         ],
         "refusals": [asdict(refusal) for refusal in discovery.refusals],
@@ -130,10 +136,10 @@ def verdict(config: Config, discovery: Discovery) -> str:
     helpful = next((r for r in discovery.refusals if r.fix and r.state == "permission_denied"), None)
     if helpful is not None:
         return f"Nothing is measured: {helpful.source} is there, but it may not be read. To repair: {helpful.fix}"
-    return (
-        "Nothing is measured: no meter works on this machine. MELODI_SOURCES=estimate estimates joules from the load of "
-        "the CPU."
-    )
+    text = "Nothing is measured: no meter works on this machine."
+    if not sys.platform.startswith("linux"):
+        return text
+    return f"{text} MELODI_SOURCES=estimate estimates joules from the load of the CPU."
 
 
 def _count(types: Sequence[str]) -> str:
@@ -200,9 +206,20 @@ def show(report: Mapping[str, Any]) -> None:
             table.add_row(*(escape(str(cell)) for cell in cells))
     if report["sources"]:
         screen.print(table)
+    for source in report["sources"]:
+        for note in source["notes"]:
+            screen.print(f"  {source['name']}: {note}", markup=False, soft_wrap=True)
+        if not source["confirmed"]:
+            text = f"  {source['name']}: unconfirmed, not run on real hardware yet; see docs/meters.md"
+            screen.print(text, markup=False, soft_wrap=True)
+    absent = [refusal["source"] for refusal in report["refusals"] if refusal["state"] == "absent"]
     if report["refusals"]:
         screen.print("Not used", style="bold")
+    if absent:
+        screen.print(f"  not on this machine: {', '.join(absent)}", markup=False, soft_wrap=True)
     for refusal in report["refusals"]:
+        if refusal["state"] == "absent":
+            continue
         screen.print(f"  {refusal['source']} [{refusal['state']}]: {refusal['reason']}", markup=False, soft_wrap=True)
         if refusal["fix"]:
             screen.print(f"    to repair: {refusal['fix']}", markup=False, soft_wrap=True)

@@ -134,7 +134,9 @@ class Refusal:
 class Settings:
     """What a meter may depend on; nothing else is read from the environment.
 
-    ``sysfs`` and ``procfs`` are the roots to read below (containers mount the host's tree elsewhere).
+    ``sysfs`` and ``procfs`` are the roots to read below (containers mount the host's tree elsewhere). ``measured`` are the
+    types of device that a meter before this one measures: one silicon may have two meters under two names (RAPL and the
+    node's controller), which no id gives away, so whoever may be such a second meter leaves those types out.
     """
 
     clock: Clock
@@ -144,6 +146,7 @@ class Settings:
     nvml_library: str | None = None
     estimate_watts: tuple[float, float] | None = None
     asked: frozenset[str] = frozenset()
+    measured: frozenset[DeviceType] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,30 @@
 Built-ins in the order of preference, then installed plug-ins (entry point group ``melodi_otel_source``), then the estimate,
 which nobody gets who did not ask. Every refusal is kept with its reason and its fix: nobody has to guess why RAPL is not
 used. A meter that crashes is a refusal too; looking for meters raises only for a name that does not exist.
+
+No joule twice: a device whose id is measured already is refused here; a meter that sees the same silicon under another name
+is told in ``Settings.measured`` which types of device the meters before it measure, and leaves those out.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Protocol, runtime_checkable
 
 from melodi_otel.errors import ConfigError, MissingDependency, Refused
-from melodi_otel.sources.base import Discovery, Refusal, Settings, Source
+from melodi_otel.sources.base import DeviceType, Discovery, Refusal, Settings, Source
 
 log = logging.getLogger("melodi_otel")
 
 GROUP: Final = "melodi_otel_source"
+UNCONFIRMED: Final = frozenset({"amd", "apple", "rapl", "rapl_perf", "powercap", "cray"})
+"""Meters that have run on fakes only: no machine with the hardware was at hand yet. See ``docs/meters.md``."""
+QUIET: Final = frozenset({"not_asked", "superseded", "absent"})
+"""States of a refusal that nobody would act on: nothing is broken, and nothing is missing from the sums."""
 Opener = Callable[[Settings], Source]
 
 
@@ -43,7 +51,9 @@ def discover(
     Raises:
         ConfigError: a wanted name is no source; the message lists the valid ones.
     """
-    found: dict[str, Opener] = {"nvml": _nvml, "rapl": _rapl}
+    found: dict[str, Opener] = {"nvml": _nvml, "amd": _amd, "apple": _apple, "rapl": _rapl}
+    found |= {name: opener for name, opener in _ONE_WAY.items() if name in wanted}
+    found["cray"] = _cray  # after everything that may measure a part of its node
     for name, opener in (_installed() if plugins is None else plugins).items():
         found.setdefault(name, opener)
     found["estimate"] = _estimate  # last: it only stands in for a meter that is not there
@@ -51,7 +61,7 @@ def discover(
     if unknown:
         raise ConfigError(
             f"MELODI_SOURCES={','.join(wanted)!r} cannot be used: {unknown[0]!r} is no source; "
-            f"allowed is a comma-separated list of {', '.join(found)}"
+            f"allowed is a comma-separated list of {', '.join(dict.fromkeys((*found, *_ONE_WAY)))}"
         )
     settings = replace(settings, asked=settings.asked | frozenset(wanted))
     sources: list[Source] = []
@@ -59,7 +69,7 @@ def discover(
     for name, opener in found.items():
         if wanted and name not in wanted and name not in settings.asked:
             continue
-        result = _open(name, opener, settings, sources)
+        result = _open(name, opener, replace(settings, measured=_types(sources)), sources)
         if isinstance(result, Refusal):
             refusals.append(result)
             level = logging.ERROR if name in settings.asked and result.state != "superseded" else logging.DEBUG
@@ -70,24 +80,32 @@ def discover(
     return Discovery(tuple(sources), tuple(refusals))
 
 
-def describe(discovery: Discovery) -> str:
+def describe(discovery: Discovery, platform: str = sys.platform) -> str:
     """The first line of the log: what is used and, where nothing measures, the variable that would help."""
     used = "; ".join(
         f"{source.name}: " + ", ".join(f"{d.id} ({d.name})" if d.name else d.id for d in source.devices)
         for source in discovery.sources
     )
-    denied = [r for r in discovery.refusals if r.state not in ("not_asked", "superseded")]
+    denied = [r for r in discovery.refusals if r.state not in QUIET]
     if not discovery.sources:
         why = " ".join(_sentence(refusal) + "." for refusal in denied)
-        return (
-            f"no energy meter: joules will be absent. {why} To estimate them from CPU load set MELODI_SOURCES=estimate."
-        )
+        # The estimate reads /proc/stat: elsewhere it would be another refusal.
+        help_ = " To estimate them from CPU load set MELODI_SOURCES=estimate." if platform.startswith("linux") else ""
+        return f"no energy meter: joules will be absent. {why}{help_}"
     text = f"energy from {used}"
     if all(device.estimated for device in discovery.devices):
         text += " (ESTIMATED from CPU load, not measured)"
+    doubtful = unconfirmed(discovery)
+    if doubtful:
+        text += f" ({', '.join(doubtful)} unconfirmed: not run on real hardware yet)"
     # A permission is worth a line even where another meter works: the joules of that device are missing from the sums.
     notable = [r for r in denied if r.state in ("permission_denied", "unreadable", "masked", "crashed")]
     return text + "".join(f"; not used: {_sentence(refusal)}" for refusal in notable)
+
+
+def unconfirmed(discovery: Discovery) -> tuple[str, ...]:
+    """Names of the meters in use that have never run on the hardware they are for."""
+    return tuple(source.name for source in discovery.sources if source.name in UNCONFIRMED)
 
 
 def gpus_of(discovery: Discovery) -> tuple[tuple[str, ...], str | None]:
@@ -99,8 +117,7 @@ def gpus_of(discovery: Discovery) -> tuple[tuple[str, ...], str | None]:
 
 def _open(name: str, opener: Opener, settings: Settings, sources: Iterable[Source]) -> Source | Refusal:
     taken = {device.id: source.name for source in sources for device in source.devices}
-    measured = any(d.type == "cpu" and not d.estimated for source in sources for d in source.devices)
-    if name == "estimate" and measured and "estimate" in settings.asked:
+    if name == "estimate" and "cpu" in settings.measured and "estimate" in settings.asked:
         return Refusal(name, "superseded", "a meter measures the CPU; its joules are not estimated beside it")
     source: Source | None = None
     try:
@@ -126,6 +143,10 @@ def _open(name: str, opener: Opener, settings: Settings, sources: Iterable[Sourc
         except Exception:
             log.debug("source %s cannot be closed", name, exc_info=True)
     return refusal
+
+
+def _types(sources: Iterable[Source]) -> frozenset[DeviceType]:
+    return frozenset(d.type for source in sources for d in source.devices if not d.estimated)
 
 
 def _partly(source: Source) -> Sequence[Refusal]:
@@ -161,10 +182,44 @@ def _nvml(settings: Settings) -> Source:
     return open_nvml(settings)
 
 
+def _amd(settings: Settings) -> Source:
+    from melodi_otel.sources.amd import open_amd
+
+    return open_amd(settings)
+
+
+def _apple(settings: Settings) -> Source:
+    from melodi_otel.sources.apple import open_apple
+
+    return open_apple(settings)
+
+
 def _rapl(settings: Settings) -> Source:
+    from melodi_otel.sources.rapl_ways import open_rapl_ways
+
+    return open_rapl_ways(settings)
+
+
+def _rapl_perf(settings: Settings) -> Source:
+    from melodi_otel.sources.perf_rapl import open_perf_rapl
+
+    return open_perf_rapl(settings)
+
+
+def _powercap(settings: Settings) -> Source:
     from melodi_otel.sources.rapl import open_rapl
 
     return open_rapl(settings)
+
+
+_ONE_WAY: Final[dict[str, Opener]] = {"rapl_perf": _rapl_perf, "powercap": _powercap}
+"""Ways of ``rapl`` by themselves, for whom one of them is wrong; only by name."""
+
+
+def _cray(settings: Settings) -> Source:
+    from melodi_otel.sources.cray import open_cray
+
+    return open_cray(settings)
 
 
 def _estimate(settings: Settings) -> Source:

@@ -23,6 +23,8 @@ from melodi_otel.errors import Refused
 __all__ = ["INSTALL", "NvmlApi", "code_of", "load_api", "open_library", "refusal"]
 
 INSTALL: Final = 'pip install "melodi-otel[nvidia]"'
+WSL_LIBRARY: Final = "/usr/lib/wsl/lib/libnvidia-ml.so.1"
+"""Where Windows' driver shows itself to Linux. On Windows the binding finds nvml.dll by itself."""
 
 UNINITIALIZED: Final = 1
 NOT_SUPPORTED: Final = 3
@@ -216,6 +218,9 @@ def open_library(library: str | None) -> NvmlApi:
     try:
         api.nvmlInit()
     except api.NVMLError as error:
+        if library is None and code_of(error) == LIBRARY_NOT_FOUND and Path(WSL_LIBRARY).is_file():
+            # The loader knows that directory only where WSL's own entry in /etc/ld.so.conf.d has been kept.
+            return open_library(WSL_LIBRARY)
         raise refusal(code_of(error), error) from error
     return api
 
@@ -226,8 +231,22 @@ def code_of(error: BaseException) -> int:
     return value if isinstance(value, int) else 999
 
 
-def refusal(code: int, error: BaseException) -> Refused:
+def refusal(code: int, error: BaseException, platform: str = sys.platform) -> Refused:
     """What an NVML error at the start means for the user."""
+    if code == LIBRARY_NOT_FOUND and platform == "darwin":
+        return Refused("there is no NVIDIA driver for macOS", state="absent")
+    if code == LIBRARY_NOT_FOUND and platform == "win32":
+        return Refused(
+            "no NVML library (nvml.dll) is installed here",
+            fix="install the NVIDIA driver; elsewhere name the library with MELODI_NVML_LIBRARY",
+            state="library_missing",
+        )
+    if code == LIBRARY_NOT_FOUND and Path(WSL_LIBRARY).parent.is_dir():
+        return Refused(
+            "no NVML library (libnvidia-ml.so.1) is installed here",
+            fix=f"in WSL install the NVIDIA driver on Windows, not here: it brings {WSL_LIBRARY}",
+            state="library_missing",
+        )
     if code == LIBRARY_NOT_FOUND:
         return Refused(
             "no NVML library (libnvidia-ml.so.1) is installed here",

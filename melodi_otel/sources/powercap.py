@@ -77,7 +77,7 @@ def find_zones(settings: Settings, platform: str) -> list[Zone]:
 def permission_fix(zone: Zone, environ: Mapping[str, str] | None = None) -> str:
     """What lets an ordinary user read ``zone``, for its very path."""
     path = zone.energy_path
-    if _in_container(environ or {}):
+    if in_container(environ or {}):
         return _mount_fix()
     return (
         f"now, until reboot: sudo chmod a+r {path} — or for good, for one group (the counter can leak secrets to whoever "
@@ -169,11 +169,7 @@ def _absent(settings: Settings, platform: str) -> Refused:
     sysfs = Path(settings.sysfs)
     links = sysfs / "class/powercap"
     if not platform.startswith("linux") and not _is_dir(links):
-        return Refused(
-            f"RAPL is read through Linux sysfs; this is {platform}",
-            fix="MELODI_SOURCES=estimate" if platform == "darwin" else "",
-            state="unsupported_platform",
-        )
+        return _elsewhere(platform)
     if not _is_dir(sysfs):
         return Refused(
             f"{sysfs} does not exist or may not be entered",
@@ -182,13 +178,20 @@ def _absent(settings: Settings, platform: str) -> Refused:
         )
     if _masked(sysfs, links):
         return Refused("the container runtime hides the powercap tree", fix=_mount_fix(), state="masked")
+    if is_wsl(settings.procfs):
+        return Refused(
+            "the kernel of WSL has no powercap: Windows keeps the RAPL counters to itself",
+            fix="NVIDIA GPUs are measured here (nvml); for the CPU boot Linux itself, or estimate with "
+            "MELODI_SOURCES=nvml,estimate",
+            state="virtual_machine",
+        )
     if "hypervisor" in (cpu_fact(settings.procfs, "flags") or "").split():
         return Refused(
             "this is a virtual machine: the hypervisor shows no RAPL counters",
             fix="measure on the physical host, or estimate with MELODI_SOURCES=estimate",
             state="virtual_machine",
         )
-    if _in_container(settings.environ):
+    if in_container(settings.environ):
         return Refused("no powercap tree in this container", fix=_mount_fix(), state="masked")
     if _is_dir(links):
         return Refused(
@@ -201,6 +204,24 @@ def _absent(settings: Settings, platform: str) -> Refused:
         fix="estimate with MELODI_SOURCES=estimate",
         state="no_device",
     )
+
+
+def is_wsl(procfs: str) -> bool:
+    """Whether the kernel is Microsoft's, as in WSL 1 and 2."""
+    return "microsoft" in (_text(Path(procfs) / "sys/kernel/osrelease") or "").lower()
+
+
+def _elsewhere(platform: str) -> Refused:
+    if platform == "darwin":
+        why, fix = (
+            "macOS has no RAPL interface",
+            'on Apple silicon: pip install "melodi-otel[apple]"; else measure on Linux',
+        )
+    elif platform in ("win32", "cygwin"):
+        why, fix = "Windows has no powercap", "NVIDIA GPUs are measured here (nvml); for the CPU measure on Linux"
+    else:
+        why, fix = f"this is {platform}", "measure on Linux"
+    return Refused(f"RAPL is read through Linux sysfs; {why}", fix=fix, state="unsupported_platform")
 
 
 def _masked(sysfs: Path, links: Path) -> bool:
@@ -216,5 +237,6 @@ def _masked(sysfs: Path, links: Path) -> bool:
         return False
 
 
-def _in_container(environ: Mapping[str, str]) -> bool:
+def in_container(environ: Mapping[str, str]) -> bool:
+    """Whether the environment says so: Kubernetes, or systemd's ``container``."""
     return bool(environ.get("KUBERNETES_SERVICE_HOST") or environ.get("container"))

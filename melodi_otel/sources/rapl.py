@@ -92,9 +92,13 @@ class RaplSource:
         model: the CPU's model name, for people.
         reader: ``os.pread``.
         refusals: zones that exist and cannot be used.
+
+    Attributes:
+        notes: what a person should know about the way it is read.
     """
 
     name = "rapl"
+    notes: tuple[str, ...] = ("read through powercap",)
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class RaplSource:
         self._clock = clock
         self._pread = reader if reader is not None else os.pread
         self._zones = list(zones)
-        self._devices = tuple(_device(zone, model) for zone, _ in zones)
+        self._devices = tuple(device_of(zone, model) for zone, _ in zones)
         self._twins = _Twins([zone.id for zone, _ in zones if zone.kind == "package"])
 
     @property
@@ -250,12 +254,13 @@ class _Twins:
         return kept, mirrors
 
 
-def _device(zone: Zone, model: str | None) -> Device:
+def device_of(zone: Zone, model: str | None, way: str = "rapl") -> Device:
+    """The device of a zone: id and name do not depend on the ``way`` it is read, only its method does."""
     label = zone.name if zone.kind != "dram" else f"{zone.package} dram"
     return Device(
         id=zone.id,
         type=_TYPES[zone.kind],
-        source=f"rapl.{zone.kind}",
+        source=f"{way}.{zone.kind}",
         name=f"{label} ({model})" if model and zone.kind == "package" else label,
         parent=zone.parent,
         period_s=0.001,

@@ -61,6 +61,9 @@ class Machine:
         while True:
             wait_s = max(0.001, self.sampler.tick())
             now_ns = self.clock.monotonic_ns()
+            self.devices.update(
+                {device.id: device for device in self.discovery.devices}
+            )  # a method may be found out late
             self.ledger.settle(now_ns)
             if now_ns >= end_ns:
                 return

@@ -29,6 +29,7 @@ class FakeZone:
     Attributes:
         id: directory name, e.g. ``intel-rapl:0``.
         watts: power that :meth:`FakePowercap.advance` adds.
+        counted_j: what it has counted by :meth:`advance`, without any wrap.
     """
 
     def __init__(self, path: Path, name: str, energy_uj: int, range_uj: int, watts: float) -> None:
@@ -36,6 +37,7 @@ class FakeZone:
         self.id = path.name
         self.range_uj = range_uj
         self.watts = watts
+        self.counted_j = 0.0
         self._exact_uj = float(energy_uj)
         self._mirrors: list[FakeZone] = []
         path.mkdir(parents=True)
@@ -59,6 +61,7 @@ class FakeZone:
 
     def advance(self, joules: float) -> None:
         """Let the counter count ``joules``."""
+        self.counted_j += joules
         self.set(self._exact_uj + joules * 1e6)
 
     def write(self, raw: bytes) -> None:

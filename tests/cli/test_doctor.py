@@ -45,7 +45,15 @@ def test_json_is_the_same_report(runtime):
     assert report["refusals"][0]["state"] == "library_missing"
     assert report["variables"] == {"set": {"MELODI_SOURCES": "rapl"}, "unknown": ["MELODI_TYPO"]}
     assert set(report["destinations"]) == {"spans", "metrics", "scrape"}
-    assert set(report["libraries"]) == {"torch", "transformers", "vllm", "pynvml", "pandas"}
+    assert set(report["libraries"]) == {
+        "torch",
+        "transformers",
+        "vllm",
+        "pynvml",
+        "amdsmi",
+        "zeus_apple_silicon",
+        "pandas",
+    }
 
 
 def test_the_identity(runtime, monkeypatch):
@@ -240,3 +248,20 @@ def test_who_publishes_the_machine(held, pid, words):
     """The publisher of hw.* where it can be seen."""
     (line,) = doctor_hub.lines(doctor_hub.as_data(Presence("local", (), held, pid)))
     assert line == f"the machine's own energy (hw.*) {words}"
+
+
+def test_the_way_it_is_read_and_what_is_not_confirmed(runtime, kit, monkeypatch):
+    """Which of two ways is used, why the better one is not, and that nobody has run it on the hardware yet."""
+    meter = kit.Meter("rapl", kit.RAPL)
+    meter.notes = ("read through powercap", "perf events are not used: this process may not open them")
+    nvml = kit.Meter("nvml", kit.RAPL)
+    monkeypatch.setattr(runtime, "found", Discovery((meter, nvml), (Refusal("cray", "absent", "no Cray node"),)))
+    lines = invoke().stdout.splitlines()
+    assert "  rapl: read through powercap" in lines
+    assert "  rapl: perf events are not used: this process may not open them" in lines
+    assert "  rapl: unconfirmed, not run on real hardware yet; see docs/meters.md" in lines
+    assert "  not on this machine: cray" in lines
+    assert not [line for line in lines if line.startswith("  nvml: ")]
+    sources = {source["name"]: source for source in json.loads(invoke("--json").stdout)["sources"]}
+    assert sources["rapl"]["notes"] == list(meter.notes)
+    assert (sources["rapl"]["confirmed"], sources["nvml"]["confirmed"]) == (False, True)

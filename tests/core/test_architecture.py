@@ -72,6 +72,8 @@ ROOMS_OF: dict[str, set[str]] = {
     "transformers": {"instrumentation", "cli/demo_model.py"},
     "vllm": {"instrumentation"},
     "pynvml": {"sources"},
+    "amdsmi": {"sources/amd_library.py"},
+    "zeus_apple_silicon": {"sources/apple.py"},
     "psutil": {"sources", "processes"},
     "numpy": {"timeline", "attribution"},
     "msgspec": {"trace", "hub"},

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import melodi_otel
-from melodi_otel.config import VARIABLES
+from melodi_otel.config import BUILT_IN_SOURCES, VARIABLES
+from melodi_otel.sources.discovery import UNCONFIRMED
 
 ROOT = Path(melodi_otel.__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
@@ -34,6 +35,14 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_meter_has_its_row():
+    """The page of meters tells of each built-in source, and which of them are unconfirmed."""
+    rows = (ROOT / "docs/meters.md").read_text(encoding="utf-8").splitlines()
+    for name in BUILT_IN_SOURCES:
+        row = next(line for line in rows if line.startswith(f"| `{name}`"))
+        assert ("unconfirmed" in row) == (name in UNCONFIRMED), name
 
 
 def test_every_page_is_in_the_navigation():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from melodi_otel.hub.presence import look, shared_socket
+from melodi_otel.hub.presence import look
 from melodi_otel.hub.sockets import listen
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
@@ -126,10 +126,3 @@ sys.stdin.read()
     holder.stdout.readline()
     presence = look("local", {}, name)
     assert (presence.publishes, presence.publisher) == (True, holder.pid)
-
-
-def test_the_sockets_of_a_user():
-    """The runtime directory that the session has, else one of the user's own."""
-    assert shared_socket({"XDG_RUNTIME_DIR": "/run/user/7"}, 7) == Path("/run/user/7/melodi-otel/hub.sock")
-    for environ in ({}, {"XDG_RUNTIME_DIR": "relative"}):
-        assert shared_socket(environ, 7).parts[-2:] == ("melodi-otel-7", "hub.sock")

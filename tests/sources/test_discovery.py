@@ -12,6 +12,7 @@ from melodi_otel.sources import discovery as module
 from melodi_otel.sources.base import Discovery, Refusal, Settings, Source
 from melodi_otel.sources.discovery import describe, discover, gpus_of
 from melodi_otel.testing.clock import ManualClock
+from melodi_otel.testing.cray import FakeCray
 from melodi_otel.testing.powercap import FakePowercap
 from melodi_otel.testing.sources import ScriptedSource
 
@@ -38,8 +39,15 @@ def test_every_refusal_is_kept(settings: Settings) -> None:
     """Without a meter nothing is used, and each source says why and what helps."""
     found = discover(settings, plugins={})
     assert found.sources == ()
-    assert states(found) == {"nvml": "library_missing", "rapl": "no_device", "estimate": "not_asked"}
-    assert all(refusal.reason and refusal.fix for refusal in found.refusals)
+    assert states(found) == {
+        "nvml": "library_missing",
+        "amd": "absent",
+        "apple": "absent",
+        "rapl": "no_device",
+        "cray": "absent",
+        "estimate": "not_asked",
+    }
+    assert all(refusal.reason and (refusal.fix or refusal.state == "absent") for refusal in found.refusals)
 
 
 def test_first_line_without_a_meter_names_the_variable(settings: Settings) -> None:
@@ -48,6 +56,9 @@ def test_first_line_without_a_meter_names_the_variable(settings: Settings) -> No
     assert line.startswith("no energy meter: joules will be absent.")
     assert "nvml: no NVIDIA driver (to repair: install one)" in line
     assert "MELODI_SOURCES=estimate" in line
+    assert "apple" not in line
+    assert "To estimate them" in line
+    assert "To estimate them" not in describe(discover(settings, plugins={}), "darwin")
 
 
 def test_rapl_is_found_and_named(settings: Settings) -> None:
@@ -55,8 +66,10 @@ def test_rapl_is_found_and_named(settings: Settings) -> None:
     FakePowercap(Path(settings.sysfs)).package(0)
     found = discover(settings, plugins={})
     assert [source.name for source in found.sources] == ["rapl"]
-    assert describe(found) == "energy from rapl: intel-rapl:0 (package-0)"
-    assert states(found) == {"nvml": "library_missing", "estimate": "not_asked"}
+    assert describe(found) == (
+        "energy from rapl: intel-rapl:0 (package-0) (rapl unconfirmed: not run on real hardware yet)"
+    )
+    assert "rapl" not in states(found)
 
 
 def test_estimate_only_if_asked(settings: Settings) -> None:
@@ -80,7 +93,10 @@ def test_no_estimate_beside_a_measured_cpu(settings: Settings) -> None:
 
 def test_unknown_name_is_an_error_with_the_valid_ones(settings: Settings) -> None:
     """A typo in MELODI_SOURCES names variable, value and what is allowed, plug-ins included."""
-    with pytest.raises(ConfigError, match=r"MELODI_SOURCES='rapl,nvlm'.*'nvlm'.*nvml, rapl, mine, estimate"):
+    with pytest.raises(
+        ConfigError,
+        match=r"MELODI_SOURCES='rapl,nvlm'.*'nvlm'.*nvml, amd, apple, rapl, cray, mine, estimate, rapl_perf, powercap",
+    ):
         discover(settings, ("rapl", "nvlm"), plugins={"mine": lambda settings: crash()})
 
 
@@ -162,3 +178,42 @@ def test_gpus_and_their_driver() -> None:
     source.driver_version = "580.65.06"
     assert gpus_of(Discovery((source,))) == (("A", "B"), "580.65.06")
     assert gpus_of(Discovery()) == ((), None)
+
+
+def test_a_second_meter_of_one_silicon_leaves_it_out(settings: Settings) -> None:
+    """RAPL and the node's controller see one CPU: each type is measured once, by the meter that comes first."""
+    sysfs = Path(settings.sysfs)
+    FakeCray(sysfs, node=500.0, cpu=200.0, memory=50.0, accel0=100.0)
+    alone = discover(settings, plugins={})
+    assert {d.id for d in alone.devices} == {"cray:node", "cray:cpu", "cray:memory", "cray:accel0"}
+    FakePowercap(sysfs).package(0)
+    for wanted in ((), ("rapl", "cray"), ("powercap", "cray")):
+        both = discover(settings, wanted, plugins={})
+        assert {d.id for d in both.devices} == {"intel-rapl:0", "cray:node", "cray:memory", "cray:accel0"}
+        assert [d.type for d in both.devices].count("cpu") == 1
+        assert "its cpu counters are left out" in next(r for r in both.refusals if r.source == "cray").reason
+        assert "left out" not in describe(both)
+
+
+def test_a_plugin_hears_what_is_measured(settings: Settings) -> None:
+    """Settings.measured holds the types of the meters before it; an estimate is no measurement."""
+    heard: list[frozenset[str]] = []
+
+    def listen(settings: Settings) -> Source:
+        heard.append(settings.measured)
+        raise Refused("only listening")
+
+    guess = Device("guess", "memory", estimated=True)
+    one = ScriptedSource(ManualClock(), {Device("x", "gpu"): 1.0, guess: 1.0}, name="one")
+    discover(settings, plugins={"one": lambda s: one, "two": listen})
+    assert heard == [frozenset({"gpu"})]
+
+
+def test_one_way_of_rapl_by_name(settings: Settings) -> None:
+    """Whoever distrusts perf events names powercap; neither way is tried twice, and unasked neither appears."""
+    FakePowercap(Path(settings.sysfs)).package(0)
+    found = discover(settings, ("powercap",), plugins={})
+    assert [d.source for d in found.devices] == ["rapl.package"]
+    assert states(discover(settings, ("rapl_perf",), plugins={})) == {"rapl_perf": "absent"}
+    assert states(discover(settings, ("rapl", "powercap"), plugins={})) == {"powercap": "superseded"}
+    assert not {"rapl_perf", "powercap"} & states(discover(settings, plugins={})).keys()
