@@ -130,6 +130,8 @@ def _sums(status: Row, width: int) -> Text:
     ids = {device.get("id") for device in devices}
     rough = any(device.get("estimated") for device in devices)
     books = [book for book in _rows(status, "books") if book.get("device") in ids]
+    watts = [device.get("watts") for device in devices]
+    shown = [value for value in watts if value is not None]
     joules = _sum([device.get("joules") for device in devices])
     measured = _sum([book.get("measured_joules") for book in books])
     given = _sum([book.get(f"{part}_joules") for book in books for part in ("attributed", "in_flight")])
@@ -139,7 +141,10 @@ def _sums(status: Row, width: int) -> Text:
     tokens = sum(m["output_tokens"] for m in pairs)
     each = sum(m["joules_per_output_token"] * m["output_tokens"] for m in pairs) / tokens if tokens else None
     facts = [
-        (amount(_sum([device.get("watts") for device in devices]), "W", rough=rough), "now"),
+        (
+            amount(_sum(watts), "W", rough=rough),
+            "now" if len(shown) == len(watts) else f"now, {len(shown)} of {len(watts)} devices",
+        ),
         (amount(joules, "J", rough=rough), "since the start" + (f" ({watt_hours(joules):,.1f} Wh)" if joules else "")),
         (f"{100 * (given or 0) / measured:.1f} %" if measured else UNKNOWN, "to requests"),
         (_count(status.get("requests_open")), "open"),
@@ -189,10 +194,11 @@ def _label(device: Row) -> Text:
 
 
 def _alike(devices: Sequence[Row]) -> list[Row]:
-    """Devices of one name in one row; one that does not answer keeps its own."""
+    """Devices of one name in one row; one that does not answer, or whose power is not known, keeps its own."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for device in devices:
-        own = device.get("id") if device.get("up") is False else None
+        alone = device.get("up") is False or device.get("watts") is None
+        own = device.get("id") if alone else None
         groups.setdefault((device.get("type"), device.get("name"), device.get("estimated"), own), []).append(device)
     rows: list[Row] = []
     for members in groups.values():
@@ -230,7 +236,7 @@ def _devices(devices: Sequence[Row], width: int) -> RenderableType:
         if wide:
             cells += [f"{span(age)} ago" if age is not None else UNKNOWN, state]
         elif state.plain in ("no answer", "estimated"):
-            cells[0] = Text.assemble(_label(device), " ", state)
+            cells[0] = Text.assemble(state, "  ", _label(device))
         table.add_row(*cells)
     return table
 
