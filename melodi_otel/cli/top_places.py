@@ -93,6 +93,10 @@ def by_http(url: str, access: Access | None = None) -> Place:
         port = port or (443 if parts.scheme == "https" else DEFAULT_PORTS[0])
     if parts.scheme not in ("http", "https") or not parts.hostname or port is None:
         raise NoStatus(f"{url!r} is no URL of a meter: it looks like http://127.0.0.1:9464 or https://HOST:PORT")
+    if parts.username is not None:
+        raise NoStatus(
+            "a user in a URL is seen by everybody who lists processes: use --user NAME, which asks for the password"
+        )
     host, secure = parts.hostname, parts.scheme == "https"
     folder = parts.path.rpartition("/")[0]  # behind a proxy the pages may stand below a path
     name = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}{folder}"

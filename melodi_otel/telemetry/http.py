@@ -86,6 +86,11 @@ class Endpoint:
     def start(self) -> None:
         """Bind now if that works, else keep trying on the thread; serve until :meth:`close`."""
         error = None
+        if self._guard.passwords and not self._guard.tls and not _only_here(self.host):
+            log.warning(
+                "metrics on %s ask for passwords without https: they travel in the clear; MELODI_METRICS_TLS_CERT encrypts them",
+                self._address,
+            )
         if self._parent_serves():
             log.info("metrics of this process are not on the page at %s: its parent serves there", self._address)
         else:
@@ -221,6 +226,10 @@ def serve(
     endpoint = Endpoint(registry, candidates, retry_s, environ, status=status, ready=ready, guard=guard)
     endpoint.start()
     return endpoint
+
+
+def _only_here(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 class _Server(ThreadingHTTPServer):

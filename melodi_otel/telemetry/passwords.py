@@ -57,6 +57,7 @@ class Passwords:
         except ImportError:
             raise MissingDependency(f"{USERS} needs werkzeug: {PIP}") from None
         self._parse = parse
+        file = str(Path(file).absolute())  # the host program may change its directory; the file is read again later
         self._users = Reloading([file], lambda: _Users(_read(file), verify, monotonic_s))
 
     def __call__(self, header: str | None) -> Answer:
@@ -73,9 +74,9 @@ class Passwords:
         return self._users.reload()
 
     def forked(self) -> None:
-        """In a child."""
+        """In a child: a thread that is not there may hold a lock."""
         self._users.forked()
-        self._users.reload()
+        self._users.value.forked()
 
 
 class _Users:
@@ -94,7 +95,11 @@ class _Users:
         self._checking = threading.Lock()
         self._ration, self._since = _BURST, monotonic_s()
 
+    def forked(self) -> None:
+        self._checking = threading.Lock()
+
     def check(self, user: str, password: str) -> Answer:
+        """Whether this is a user and that user's password."""
         digest = hmac.digest(self._key, f"{user}\0{password}".encode("utf-8", "replace"), "sha256")
         # The digest is not the sender's to choose, so that looking it up tells nothing about what is in the table.
         known = self._known.get(digest)

@@ -23,6 +23,9 @@ class Reloading(Generic[T]):
         files: they are looked at by time, size and inode, so that a replaced link counts as a change.
         load: makes the value; raises ConfigError with a message for the person who wrote the file.
 
+    Attributes:
+        value: what was read last, without a look at the files.
+
     Raises:
         ConfigError: the files cannot be used at the start.
     """
@@ -32,14 +35,14 @@ class Reloading(Generic[T]):
         self._load = load
         self._lock = threading.Lock()
         self._seen = self._look()
-        self._value = load()
+        self.value = load()
 
     def current(self) -> T:
         """The value; loaded again where a file changed. A bad file is warned about once and leaves the old value."""
         seen = self._look()
         if seen != self._seen:
             self._renew(seen)
-        return self._value
+        return self.value
 
     def reload(self) -> bool:
         """Load now, whether or not a file changed; False: the old value was kept, and a warning says why."""
@@ -53,7 +56,7 @@ class Reloading(Generic[T]):
         with self._lock:
             self._seen = seen  # also where it fails: said once per change
             try:
-                self._value = self._load()
+                self.value = self._load()
             except ConfigError as error:
                 log.warning("%s; what was read before stays in force", error)
                 return False

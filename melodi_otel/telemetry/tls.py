@@ -27,6 +27,9 @@ class Tls:
 
     def __init__(self, cert: str, key: str | None = None, client_ca: str | None = None) -> None:
         self.mutual = client_ca is not None
+        # The host program may change its directory; the files are read again later.
+        cert = str(Path(cert).absolute())
+        key, client_ca = (None if file is None else str(Path(file).absolute()) for file in (key, client_ca))
         files = [file for file in (cert, key, client_ca) if file is not None]
         self._contexts = Reloading(files, lambda: _context(cert, key, client_ca))
 

@@ -226,6 +226,13 @@ def test_bad_urls(url):
         by_http(url)
 
 
+def test_a_password_in_a_url():
+    """A password in the URL is refused, and not repeated."""
+    with pytest.raises(NoStatus, match="--user NAME") as caught:
+        by_http("http://ann:s3cret@h")
+    assert "s3cret" not in str(caught.value)
+
+
 def test_the_first_that_answers():
     """Places are asked in their order, and the first status counts."""
 

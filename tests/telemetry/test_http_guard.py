@@ -264,6 +264,14 @@ def test_users(serving: Serve, users: Path, headers: dict[str, str], status: int
     assert answered.get("WWW-Authenticate") == (None if status == 200 else 'Basic realm="melodi_otel", charset="UTF-8"')
 
 
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_passwords_in_the_clear(users: Path, caplog: pytest.LogCaptureFixture, host: str, warned: bool) -> None:
+    """Passwords without https are warned about where they leave this machine."""
+    with caplog.at_level(logging.WARNING, "melodi_otel"):
+        serve(f"{host}:0", CollectorRegistry(), guard=Guard(None, Passwords(str(users)))).close()
+    assert ("they travel in the clear" in caplog.text) is warned
+
+
 def test_no_password_for_probes(serving: Serve, users: Path) -> None:
     """Whether it lives and is ready needs no password."""
     endpoint = serving(Guard(None, Passwords(str(users))))
@@ -394,3 +402,11 @@ def test_without_the_package(users: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(passwords, "import_module", absent)
     with pytest.raises(MissingDependency, match=r'pip install "melodi-otel\[web\]"'):
         Passwords(str(users))
+
+
+def test_a_program_that_goes_elsewhere(pki: Pki, users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative names stay those of the start, so that a renewed file is found after the program changed its directory."""
+    monkeypatch.chdir(pki.folder)
+    guard = Guard(Tls("tls.crt", "tls.key", "ca.pem"), Passwords("users"))
+    monkeypatch.chdir("/")
+    assert guard.reload() is True
