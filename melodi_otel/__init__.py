@@ -8,6 +8,7 @@ Importing starts nothing; names are loaded on first use. The rooms, in the direc
     attribution      whose joules? (meter = the interface, ledger = the books)
     instrumentation  when does work happen?
     telemetry        how does the world see it? (spans, metrics, scrape endpoint)
+    status           what the meter shows now, for the status page and `top`
     results          joules in a variable
     trace            record and replay
     runtime          the composition root: the only module that imports every room

@@ -36,6 +36,10 @@ class Config:
     sources: tuple[str, ...] = ()
     hub: str = "auto"
     metrics_addr: str | None = None
+    metrics_tls_cert: str | None = None
+    metrics_tls_key: str | None = None
+    metrics_tls_client_ca: str | None = None
+    metrics_users: str | None = None
     sysfs_root: str = "/sys"
     procfs_root: str = "/proc"
     nvml_library: str | None = None
@@ -221,6 +225,21 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_HUB": Variable("hub", _hub, "auto, local, shared or an absolute socket path", "Where the meter lives."),
     "MELODI_METRICS_ADDR": Variable(
         "metrics_addr", _address, "HOST:PORT or off", "Where /metrics is served, e.g. 127.0.0.1:9464."
+    ),
+    "MELODI_METRICS_TLS_CERT": Variable(
+        "metrics_tls_cert", str, "a PEM file", "Serve it by https with this certificate; read again when it changes."
+    ),
+    "MELODI_METRICS_TLS_KEY": Variable(
+        "metrics_tls_key", str, "a PEM file without a passphrase", "The private key, where it is not in that file."
+    ),
+    "MELODI_METRICS_TLS_CLIENT_CA": Variable(
+        "metrics_tls_client_ca",
+        str,
+        "a PEM file of CA certificates",
+        "Only clients with a certificate of these may read.",
+    ),
+    "MELODI_METRICS_USERS": Variable(
+        "metrics_users", str, "a file of lines USER:HASH", "Only these users may read; needs the extra `web`."
     ),
     "MELODI_SYSFS_ROOT": Variable("sysfs_root", str, "a directory", "Read sysfs below this directory."),
     "MELODI_PROCFS_ROOT": Variable("procfs_root", str, "a directory", "Read procfs below this directory."),

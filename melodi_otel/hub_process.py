@@ -37,7 +37,9 @@ from melodi_otel.hub.sockets import listen, peer
 from melodi_otel.publishing import Publisher
 from melodi_otel.sources.discovery import gpus_of
 from melodi_otel.station import Station
+from melodi_otel.status import HubStatus, ModelTotals, Reporter
 from melodi_otel.telemetry.detector import host_resource
+from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Views
 from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
@@ -90,7 +92,10 @@ class HubProcess:
         self._publisher = publisher or Publisher(tier=mode)
         self._stop = threading.Event()
         self._closed = False
-        self._observers: list[Observer] = []
+        self._models = ModelTotals()
+        self._observers: list[Observer] = [self._models]
+        self._reporter: Reporter | None = None
+        self._guard = guard_of(config)
         self._meters: MeterSeam | None = None
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
@@ -161,7 +166,10 @@ class HubProcess:
             if getattr(before, name) != getattr(config, name)
         ]
         self.config = replace(before, **{name: getattr(config, name) for name in changed})
-        return [f"{name} = {getattr(config, name)}" for name in changed]
+        said = [f"{name} = {getattr(config, name)}" for name in changed]
+        if self._endpoint is not None and self._endpoint.reload():
+            said.append("certificates and users of the endpoint were read again")
+        return said
 
     def close(self, timeout: float = 10.0) -> None:
         """Read the meters once more, settle, tell, write the journal, give everything back."""
@@ -199,16 +207,18 @@ class HubProcess:
         return self._endpoint.url if self._endpoint else None
 
     def ready(self) -> str | None:
-        """None: it serves and every meter has been read; else why not."""
-        if self.server is None:
-            return "the hub has not started"
-        ages = self.station.hardware().sample_age_s
-        missing = [name for name in self.station.devices if name not in ages]
-        return f"no reading yet of {', '.join(missing)}" if missing else None
+        """None: it serves, and every meter that there is has been read; else why not.
+
+        Waits for the ledger: where that is stuck, so is whoever asks, and a service manager that watches starts it again.
+        """
+        if self.server is None or not self.server.serving:
+            return "the hub does not serve"
+        self.station.ledger.present()
+        return None if not self.station.discovery.sources else self.station.not_ready()
 
     def status(self) -> dict[str, Any]:
         """The data of the status page."""
-        return {}
+        return {} if self._reporter is None else self._reporter.json()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -228,6 +238,14 @@ class HubProcess:
     def _open_telemetry(self) -> None:
         station, config = self.station, self.config
         resource = host_resource(config, self._environ, *gpus_of(station.discovery))
+        host_id = resource.attributes.get(semconv.HOST_ID)
+        self._reporter = station.reporter(
+            self.mode,
+            models=self._models,
+            publisher=self._publisher,
+            hub=self._counts,
+            host_id=None if host_id is None else str(host_id),
+        )
         views = Views(
             snapshot=station.snapshot,
             devices=lambda: station.devices,
@@ -244,8 +262,14 @@ class HubProcess:
         if config.metrics_addr != "off":
             self._scrape = ScrapePipeline(replace(views, calls=True, whose=True), resource)
             self._observers.append(self._scrape.instruments)
-            self._endpoint = serve(config.metrics_addr, self._scrape.registry)
+            self._endpoint = serve(
+                config.metrics_addr, self._scrape.registry, status=self.status, ready=self.ready, guard=self._guard
+            )
             self._tell_address()
+
+    def _counts(self) -> HubStatus | None:
+        server = self.server
+        return None if server is None else HubStatus(server.connected_now, sum(server.refusals.counts.values()))
 
     def _tell_address(self) -> None:
         """Write beside the socket where the page is, for people and for ``top``."""

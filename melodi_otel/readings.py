@@ -98,7 +98,9 @@ class Readings:
         """What the meters show now."""
         now_ns = self._clock.monotonic_ns()
         states = sampler.states
-        up: dict[tuple[str, str | None], bool] = {(r.source, None): False for r in discovery.refusals if r.state not in QUIET}
+        up: dict[tuple[str, str | None], bool] = {
+            (r.source, None): False for r in discovery.refusals if r.state not in QUIET
+        }
         for source in discovery.sources:
             for device in source.devices:
                 up[(source.name, device.id)] = device.id not in self._gone and device.id not in self._failing

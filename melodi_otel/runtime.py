@@ -39,10 +39,12 @@ from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import Discovery
 from melodi_otel.sources.discovery import gpus_of
 from melodi_otel.station import Station
+from melodi_otel.status import ModelTotals
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.detector import host_resource
 from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views
 from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
@@ -91,6 +93,7 @@ class Runtime:
         self.store = Store()
         whose = Whose(config)
         self._metric_labels = whose.metric
+        self._guard = guard_of(config)
         self._environ = environ
         # A hub that answers now is used; no meter is opened here then.
         self._choice = choice or Choice(config.hub, environ)
@@ -144,7 +147,15 @@ class Runtime:
         self._meters = MeterSeam(views, environ, resource, meter_provider)
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
-        observers: list[Observer] = [self.store, self._meters, _Onwards(self)]
+        self._models = ModelTotals()
+        observers: list[Observer] = [self.store, self._meters, self._models, _Onwards(self)]
+        self._reporter = self.station.reporter(
+            "local",
+            models=self._models,
+            publisher=self._publisher,
+            spans_waiting=lambda: self._deferral.counts().deferred,
+            host_id=_service(resource.attributes.get(semconv.HOST_ID)),
+        )
         if config.metrics_addr and config.metrics_addr != "off":
             self._scrape = ScrapePipeline(views, resource)
             observers.append(self._scrape.instruments)
@@ -387,7 +398,12 @@ class Runtime:
             self.station.begin()
         if self._scrape is not None and self._endpoint is None:
             self._endpoint = serve(
-                self.config.metrics_addr, self._scrape.registry, environ=os.environ if self.sharing else None
+                self.config.metrics_addr,
+                self._scrape.registry,
+                environ=os.environ if self.sharing else None,
+                status=self._reporter.json,
+                ready=self.station.not_ready,
+                guard=self._guard,
             )
 
     def _quit_local(self) -> None:
@@ -450,6 +466,7 @@ class Runtime:
         self._tender = None
         self._tending = threading.Event()
         self._metric_labels.forked()
+        self._models.forked()
         self._name = secrets.token_hex(8)
         self.station.forked()
         self.store.forked()

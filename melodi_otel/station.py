@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
+from melodi_otel import __version__
 from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.closing import wait_s
 from melodi_otel.attribution.ledger import Ledger
@@ -30,6 +31,7 @@ from melodi_otel.readings import Readings
 from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import Discovery, Forkable, Settings
 from melodi_otel.sources.discovery import describe, discover
+from melodi_otel.status import HubStatus, Mode, ModelTotals, OpenRequest, Reporter, StatusViews, not_ready
 from melodi_otel.telemetry.metrics import Hardware
 from melodi_otel.trace.record import Recorder
 
@@ -135,6 +137,50 @@ class Station:
     def wait_found(self, timeout: float) -> bool:
         """Wait until meters that are looked for later are known; whether they are."""
         return self._settler is None or self._complete.wait(timeout)
+
+    def not_ready(self) -> str | None:
+        """Why it does not measure yet; None: every source has given a reading."""
+        return not_ready(self.discovery, self.hardware(), found=self._complete.is_set())
+
+    def reporter(
+        self,
+        mode: Mode,
+        *,
+        models: ModelTotals,
+        publisher: Callable[[], bool],
+        spans_waiting: Callable[[], int | None] = lambda: None,
+        hub: Callable[[], HubStatus | None] = lambda: None,
+        host_id: str | None = None,
+    ) -> Reporter:
+        """What the status page shows of it."""
+
+        def requests() -> list[OpenRequest]:
+            return [
+                OpenRequest(
+                    key=found.key,
+                    name=found.model,
+                    model=found.model,
+                    service=found.who.service,
+                    start_ns=found.open_ns,
+                    output_tokens=found.output_tokens,
+                )
+                for found in self.ledger.present()
+            ]
+
+        views = StatusViews(
+            self.snapshot,
+            lambda: self.devices,
+            self.hardware,
+            models=models.models,
+            accrued=self.ledger.accrued,
+            requests=requests,
+            refusals=lambda: self.discovery.refusals,
+            cost=lambda: self.sampler.cost,
+            spans_waiting=spans_waiting,
+            publisher=publisher,
+            hub=hub,
+        )
+        return Reporter(views, self.clock, version=__version__, mode=mode, host_id=host_id)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

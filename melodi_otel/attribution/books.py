@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from melodi_otel.attribution.meter import Key
+
 Bucket = Literal["idle", "tail", "loading", "foreign", "unsampled"]
 BUCKETS: Final[tuple[Bucket, ...]] = ("idle", "tail", "loading", "foreign", "unsampled")
 Phase = Literal["prefill", "decode", "static", "unsplit"]
@@ -24,6 +26,17 @@ class Who:
     service: str | None = None
     namespace: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A request that is open: since when (monotonic ns), whose, and how many tokens it has so far (None: not known)."""
+
+    key: Key
+    model: str | None
+    who: Who
+    open_ns: int
+    output_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)

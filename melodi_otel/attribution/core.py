@@ -10,7 +10,7 @@ from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.arrivals import Arrivals
-from melodi_otel.attribution.books import Snapshot, Who
+from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.finishing import shares_of
@@ -306,6 +306,14 @@ class Core:
     def state(self, now_ns: int) -> State:
         """What the next ledger needs to continue the books."""
         return views.state(now_ns, self.roster, {**self.absent, **self.accounts})
+
+    def present(self) -> list[Present]:
+        """See :meth:`melodi_otel.attribution.ledger.Ledger.present`."""
+        return [
+            Present(activity.key, activity.model, activity.who, activity.open_ns, activity.output_tokens)
+            for activity in self.roster.activities.values()
+            if activity.close_ns is None and not activity.anonymous
+        ]
 
     def pause(self) -> None:
         """Another meter goes on: see :meth:`melodi_otel.attribution.ledger.Ledger.pause`."""

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Final
 
-from melodi_otel.attribution.books import Snapshot, Who
+from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.core import Core
 from melodi_otel.attribution.engines import Work
 from melodi_otel.attribution.meter import (
@@ -342,6 +342,11 @@ class Ledger:
         """
         with self._lock:
             return self._core.state(now_ns)
+
+    def present(self) -> list[Present]:
+        """The requests that are open, as of the last settling."""
+        with self._lock:
+            return self._core.present()
 
     def pause(self) -> None:
         """The meters are not read any more; readings that come later are a new beginning, with a gap before it.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import typer
 
@@ -35,7 +35,13 @@ class Factory(Protocol):
     """Makes the work of the agent; :class:`melodi_otel.hub_process.HubProcess` is one."""
 
     def __call__(
-        self, config: Config, environ: Mapping[str, str], listener: Listener, *, mode: str, journal: Path | None
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        listener: Listener,
+        *,
+        mode: Literal["agent"],
+        journal: Path | None,
     ) -> Process: ...
 
 

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from melodi_otel import __version__
-from melodi_otel.cli import agent, demo, doctor, record, replay, run
+from melodi_otel.cli import agent, demo, doctor, record, replay, run, top
 from melodi_otel.errors import ConfigError, MelodiError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ _PASS_ON = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
 app.command(epilog=demo.EXAMPLE)(demo.demo)
+app.command(epilog=top.EXAMPLE)(top.top)
 app.command(epilog=run.EXAMPLE, context_settings=_PASS_ON)(run.run)
 app.command(epilog=agent.EXAMPLE)(agent.agent)
 app.command(epilog=record.EXAMPLE, context_settings=_PASS_ON)(record.record)

@@ -160,7 +160,7 @@ def destinations(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
         "scrape": {
             None: "off; MELODI_METRICS_ADDR=127.0.0.1:9464 serves /metrics",
             "off": "off (MELODI_METRICS_ADDR)",
-        }.get(config.metrics_addr, f"http://{config.metrics_addr}/metrics"),
+        }.get(config.metrics_addr, f"http{'s' if config.metrics_tls_cert else ''}://{config.metrics_addr}/metrics"),
     }
 
 

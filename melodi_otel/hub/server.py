@@ -147,6 +147,16 @@ class Server:
             self._loop.call_soon_threadsafe(self._leave)
             self._stopped.wait(timeout)
 
+    @property
+    def serving(self) -> bool:
+        """Whether its loop runs."""
+        return self._thread.is_alive()
+
+    @property
+    def connected_now(self) -> int:
+        """Programs that are connected."""
+        return len(self._sessions)
+
     def idle_s(self) -> float:
         """Seconds since the last program left; 0 while one is connected."""
         return 0.0 if self._sessions else (self._now_ns() - self.left_ns) / 1e9

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal. The only file that imports rich; the command line takes its console from here."""
+"""What a person sees in a terminal. The command line takes its console from here; besides this file only ``top`` imports rich."""
 
 from __future__ import annotations
 

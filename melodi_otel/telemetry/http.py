@@ -1,40 +1,44 @@
-"""The scrape endpoint: ``/metrics`` on an address, by a daemon thread of our own.
+"""The scrape endpoint: ``/metrics`` and the status page on an address, by a daemon thread of our own.
 
 Without an address it takes the first free port from 9464 to 9473 on the loopback interface. An address that somebody chose
 is never moved: while it is taken there is one warning and a new try every 5 s. A child of the process that serves there knows
 so from a variable that it inherits: it says nothing and leaves the address alone for as long as that process lives. Nothing
-here raises into the host program.
+here raises into the host program. Every connection has a thread, a time for each of its requests, and there are so many at
+most: whoever sends slowly, or nothing, keeps nobody else waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import logging
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Callable, MutableMapping
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Final
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from http.server import ThreadingHTTPServer
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from melodi_otel.config import SERVER_VARIABLE
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.forks import in_child
+from melodi_otel.telemetry.guard import Guard
+from melodi_otel.telemetry.pages import Handler, Site
 
 log = logging.getLogger("melodi_otel")
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORTS: Final = range(9464, 9474)
 RETRY_S: Final = 5.0
+HANDSHAKE_S: Final = 5.0
+CONNECTIONS: Final = 64
+"""The most connections at a time; one more is closed at once."""
 
-_INDEX: Final = (
-    b"<!doctype html><title>melodi_otel</title><h1>melodi_otel</h1>"
-    b"<p>Energy of LLM requests: <a href=/metrics>metrics</a></p>\n"
+_PLAIN: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nthis is https, not http\n"
 )
 
 
@@ -52,8 +56,13 @@ class Endpoint:
         candidates: list[tuple[str, int]],
         retry_s: float,
         environ: MutableMapping[str, str] | None = None,
+        *,
+        status: Callable[[], Mapping[str, Any]] | None = None,
+        ready: Callable[[], str | None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self._registry = registry
+        self._guard = guard or Guard()
+        self._site = Site(registry, Complaints("scrape endpoint"), status, ready, self._guard)
         self._environ: MutableMapping[str, str] = {} if environ is None else environ
         self._candidates = candidates
         self._retry_s = retry_s
@@ -61,7 +70,6 @@ class Endpoint:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._complain = Complaints("scrape endpoint")
         self.port: int | None = None
         self.host: Final = candidates[0][0]
         self.bound: Final = threading.Event()
@@ -73,11 +81,16 @@ class Endpoint:
         if self.port is None:
             return None
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}/metrics"
+        return f"http{'s' if self._guard.tls else ''}://{host}:{self.port}/metrics"
 
     def start(self) -> None:
         """Bind now if that works, else keep trying on the thread; serve until :meth:`close`."""
         error = None
+        if self._guard.passwords and not self._guard.tls and not _only_here(self.host):
+            log.warning(
+                "metrics on %s ask for passwords without https: they travel in the clear; MELODI_METRICS_TLS_CERT encrypts them",
+                self._address,
+            )
         if self._parent_serves():
             log.info("metrics of this process are not on the page at %s: its parent serves there", self._address)
         else:
@@ -94,6 +107,13 @@ class Endpoint:
             )
         self._thread = threading.Thread(target=self._run, name="melodi-otel-http", daemon=True)
         self._thread.start()
+
+    def reload(self) -> bool:
+        """Read certificates and users again, e.g. on SIGHUP; False: the old ones stay, and a warning says why.
+
+        They are also read when their files change, so this is for whoever wants to know at once.
+        """
+        return self._guard.reload()
 
     def close(self) -> None:
         """Stop serving and free the port; a second call does nothing."""
@@ -134,7 +154,7 @@ class Endpoint:
         error: OSError | None = None
         for host, port in self._candidates:
             try:
-                server = _Server(host, port, self._registry, self._complain)
+                server = _Server(host, port, self._site)
             except OSError as refused:
                 error = error or refused
                 continue
@@ -165,6 +185,7 @@ class Endpoint:
     def _forked(self) -> None:
         # The child has the socket but no thread: left open, it would keep the port from a parent that restarts.
         server, self._server, self._thread, self.port = self._server, None, None, None
+        self._guard.forked()
         if server is not None:
             with contextlib.suppress(OSError):
                 server.socket.close()
@@ -176,14 +197,21 @@ def serve(
     *,
     retry_s: float = RETRY_S,
     environ: MutableMapping[str, str] | None = None,
+    status: Callable[[], Mapping[str, Any]] | None = None,
+    ready: Callable[[], str | None] | None = None,
+    guard: Guard | None = None,
 ) -> Endpoint:
-    """Serve ``registry``.
+    """Serve ``registry``, and with ``status`` a page for people.
 
     Args:
         address: ``HOST:PORT`` (port 0: any free one), or None for the first free default port on the loopback.
         registry: what to show.
         retry_s: seconds between tries while the address is taken.
         environ: what children inherit: there they are told who serves, and there we look whether a parent does; None: neither.
+        status: what ``/status.json`` holds and ``/`` shows, see :meth:`melodi_otel.status.Reporter.json`; called on the thread
+            that answers. None: there is a small index only.
+        ready: why the meter is not ready, in one line, or None; None: it is ready once it serves.
+        guard: who may read, see :func:`melodi_otel.telemetry.guard.guard_of`; None: everybody.
 
     Raises:
         ValueError: ``address`` is no HOST:PORT.
@@ -195,9 +223,13 @@ def serve(
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{address!r} is no HOST:PORT")
         candidates = [(host.strip("[]"), int(port))]
-    endpoint = Endpoint(registry, candidates, retry_s, environ)
+    endpoint = Endpoint(registry, candidates, retry_s, environ, status=status, ready=ready, guard=guard)
     endpoint.start()
     return endpoint
+
+
+def _only_here(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 class _Server(ThreadingHTTPServer):
@@ -206,13 +238,13 @@ class _Server(ThreadingHTTPServer):
     # On Linux this only skips the wait after a close; elsewhere it would let two programs share a port.
     allow_reuse_address = os.name == "posix"
 
-    def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, complain: Callable[[str, BaseException], None]
-    ) -> None:
-        self.registry = registry
-        self.complain = complain
+    def __init__(self, host: str, port: int, site: Site) -> None:
+        self.site = site
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._until: dict[Any, float] = {}
+        self._until_lock = threading.Lock()
+        super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
         # The base class looks its own name up in the DNS here, which may take seconds and serves nothing.
@@ -222,60 +254,67 @@ class _Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def allow(self, connection: Any, seconds: float) -> None:
+        """Let ``connection`` live for so many seconds from now; it is cut after them."""
+        with self._until_lock:
+            self._until[connection] = time.monotonic() + seconds
+
+    def service_actions(self) -> None:
+        """Cut who took too long; called twice a second."""
+        now = time.monotonic()
+        with self._until_lock:
+            for connection in [connection for connection, end in self._until.items() if end < now]:
+                # The plain method: the one of TLS would pull its state from under the thread that reads.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more."""
+        return self._free.acquire(blocking=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection."""
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One connection, in its thread, the handshake included: nobody else waits for it."""
+        connection = request
+        try:
+            if (tls := self.site.guard.tls) is not None:
+                connection = self._shake_hands(request, tls.context())
+            if connection is not None:
+                self.finish_request(connection, client_address)
+        except Exception:
+            self.handle_error(connection, client_address)
+        finally:
+            for one in (request, connection):
+                if one is not None:
+                    self._forget(one)
+                    self.shutdown_request(one)
+            self._free.release()
+
+    def _shake_hands(self, request: Any, context: ssl.SSLContext) -> ssl.SSLSocket | None:
+        request.settimeout(HANDSHAKE_S)
+        first = request.recv(1, socket.MSG_PEEK)
+        if first != b"\x16":  # no handshake of TLS begins like this
+            if first:
+                request.sendall(_PLAIN)
+            return None
+        connection = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        try:
+            connection.do_handshake()  # its timeout is one for the whole handshake
+        except (OSError, ValueError):
+            connection.close()
+            return None
+        return connection
+
+    def _forget(self, connection: Any) -> None:
+        with self._until_lock:
+            self._until.pop(connection, None)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A scraper that hangs up is no event."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = "melodi_otel"
-    sys_version = ""
-    timeout = 60
-    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            self._metrics()
-        elif path == "/":
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", _INDEX)
-        else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"only /metrics is here\n")
-
-    do_HEAD = do_GET  # noqa: N815 - the names that http.server calls
-
-    def _refuse(self) -> None:
-        # A body may follow that nobody reads: the connection cannot be used again.
-        self.close_connection = True
-        self._answer(
-            HTTPStatus.METHOD_NOT_ALLOWED, "text/plain; charset=utf-8", b"only GET and HEAD\n", ("Allow", "GET, HEAD")
-        )
-
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
-
-    def _metrics(self) -> None:
-        try:
-            encode, kind = choose_encoder(self.headers.get("Accept", ""))
-            body = encode(self.server.registry)
-        except Exception as error:
-            self.server.complain("collecting", error)
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", b"collecting failed\n")
-            return
-        headers: list[tuple[str, str]] = [("Vary", "Accept, Accept-Encoding")]
-        if "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = gzip.compress(body, compresslevel=1)
-            headers.append(("Content-Encoding", "gzip"))
-        self._answer(HTTPStatus.OK, kind, body, *headers)
-
-    def _answer(self, status: HTTPStatus, kind: str, body: bytes, *headers: tuple[str, str]) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's own name
-        """Access logs are the host program's business."""

@@ -70,6 +70,12 @@ def test_the_identity(runtime, monkeypatch):
     assert [note for note in report["identity_notes"] if "k8s.node.name" in note]
 
 
+def test_the_endpoint_by_https():
+    """Where a certificate is set the scrape address is https."""
+    config = Config(metrics_addr="127.0.0.1:9464", metrics_tls_cert="x")
+    assert destinations(config, {})["scrape"] == "https://127.0.0.1:9464/metrics"
+
+
 def test_only_refusals(runtime, kit, monkeypatch):
     """Exit 3 and the exact fix where nothing measures."""
     monkeypatch.setattr(runtime, "found", Discovery((), (kit.DENIED,)))

@@ -42,6 +42,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "attribution": {"timeline"},
     "instrumentation": {"attribution.meter"},
     "telemetry": {"attribution", "timeline", "identity", "instrumentation.seam"},
+    "status": {"attribution", "sources", "sampler", "telemetry.metrics"},
     "results": {"attribution", "timeline"},
     "trace": {"attribution", "timeline"},
     "hub": {"attribution", "timeline"},
@@ -77,7 +78,8 @@ ROOMS_OF: dict[str, set[str]] = {
     "psutil": {"sources", "processes"},
     "numpy": {"timeline", "attribution"},
     "msgspec": {"trace", "hub"},
-    "rich": {"results/terminal.py"},
+    "werkzeug": {"telemetry"},
+    "rich": {"results/terminal.py", "cli/top.py", "cli/top_view.py"},
     "typer": {"cli"},
     "pandas": {"results"},
 }
