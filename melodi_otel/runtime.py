@@ -7,7 +7,6 @@ spans, metrics, results. The program's own one, and the functions that users cal
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
@@ -21,13 +20,13 @@ from melodi_otel import __version__, semconv
 from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Meter, Reason
-from melodi_otel.attribution.record import Observer, RequestRecord
+from melodi_otel.attribution.record import Observer
 from melodi_otel.clock import Clock, SystemClock
 from melodi_otel.config import GROUP_VARIABLE, Config, new_group
 from melodi_otel.devices import Device
 from melodi_otel.hub import wire
 from melodi_otel.hub.choice import Choice
-from melodi_otel.hub.client import HubClient
+from melodi_otel.hub.client import HubClient, Onwards
 from melodi_otel.hub.moving import MovingMeter
 from melodi_otel.instrumentation.asgi import AsgiInstrumentor
 from melodi_otel.instrumentation.seam import Library
@@ -51,11 +50,11 @@ from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
 from melodi_otel.telemetry.requests import RequestCalls
 from melodi_otel.telemetry.tracers import TracerSeam
 from melodi_otel.telemetry.whose import Whose
+from melodi_otel.tending import Tender
 
 log = logging.getLogger("melodi_otel")
 
 EXIT_WAIT_S: Final = 2.0
-_TEND_S: Final = 0.5
 
 
 class Runtime:
@@ -106,6 +105,7 @@ class Runtime:
         elif not later:
             self.station.find()
         self._name = secrets.token_hex(8)
+        self._tender = Tender(self._tend)
         self._moving: MovingMeter | None = None
         if self._connect is not None or config.hub != "local":
             self._moving = MovingMeter(
@@ -114,7 +114,7 @@ class Runtime:
                 self._choice,
                 local=self._local,
                 quit_local=self._quit_local,
-                changed=self._tend_soon,
+                changed=lambda: self._tender.soon(),
                 now_ns=self.clock.monotonic_ns,
             )
         meter = self._moving or self.station.ledger
@@ -148,7 +148,7 @@ class Runtime:
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
         self._models = ModelTotals()
-        observers: list[Observer] = [self.store, self._meters, self._models, _Onwards(self)]
+        observers: list[Observer] = [self.store, self._meters, self._models, Onwards(lambda: self.hub)]
         self._reporter = self.station.reporter(
             "local",
             models=self._models,
@@ -191,8 +191,6 @@ class Runtime:
             "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
         }
         self._lock = threading.Lock()
-        self._tender: threading.Thread | None = None
-        self._tending = threading.Event()
         self._started = False
         in_child(self._forked)
 
@@ -293,7 +291,7 @@ class Runtime:
                 self._tracers.unwrap()
                 raise
             if connect is not None:
-                self._tend_soon()
+                self._tender.soon()
 
     def wait_found(self, timeout: float) -> bool:
         """Wait until the meters, the hub's or those that are looked for later, are known; whether they are."""
@@ -360,9 +358,7 @@ class Runtime:
         self.wait_found(timeout)
         self.wait_settled(timeout)
         self._choice.end()
-        self._tending.set()
-        if self._tender is not None:
-            self._tender.join(timeout)
+        self._tender.end(timeout)
         self.station.end()
         self.calls.close()
         if self._moving is not None:
@@ -439,32 +435,19 @@ class Runtime:
         if not moving.is_local:
             self.sampler.wall.note()
             if self.station.started and not self.ledger.waiting() and not self.ledger.open_count:
-                self._tend_soon()  # the thread that may end the station's
-
-    def _tend_soon(self) -> None:
-        """A hub meters: what the settle thread would look after is looked after by a thread of its own."""
-        self._tending.set()
-        if self._started and (self._tender is None or not self._tender.is_alive()):
-            self._tender = threading.Thread(target=self._tend, name="melodi-otel-tend", daemon=True)
-            self._tender.start()
+                self._tender.soon()  # the thread that may end the station's
 
     def _tend(self) -> None:
-        while self._started:
-            self._tending.wait(_TEND_S)
-            self._tending.clear()
-            if not self._started:
-                return
-            with contextlib.suppress(Exception):
-                if not self.station.working:
-                    self._turn()
-                elif not self._is_local() and not self.ledger.waiting() and not self.ledger.open_count:
-                    self.station.rest()
+        # While a hub meters there is no settle thread that would take these turns.
+        if not self.station.working:
+            self._turn()
+        elif not self._is_local() and not self.ledger.waiting() and not self.ledger.open_count:
+            self.station.rest()
 
     def _forked(self) -> None:
         # The child's books start empty: the parent settles, counts and exports what was open when it forked.
         self._lock = threading.Lock()
-        self._tender = None
-        self._tending = threading.Event()
+        self._tender.forked()
         self._metric_labels.forked()
         self._models.forked()
         self._name = secrets.token_hex(8)
@@ -477,7 +460,7 @@ class Runtime:
     def _chosen_in_child(self) -> Any:
         connect = self._choice.first()
         if connect is not None:
-            self._tend_soon()
+            self._tender.soon()
         return connect
 
     def _sampled(self, seconds: float) -> None:
@@ -493,18 +476,6 @@ class Runtime:
             labels.get(semconv.SERVICE_NAMESPACE),
             self._metric_labels.clip(labels),
         )
-
-
-class _Onwards:
-    """Tells the hub of finished requests: it counts them, and shows them on its page."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-
-    def finished(self, record: RequestRecord) -> None:
-        hub = self._runtime.hub
-        if hub is not None and record.kind == "request":
-            hub.observe(record)
 
 
 def _service(value: object) -> str | None:

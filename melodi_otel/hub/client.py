@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from melodi_otel.attribution.meter import Key, Share
+from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.hub import wire
 from melodi_otel.hub.outbox import Outbox
 from melodi_otel.hub.wire import Told
@@ -255,6 +256,23 @@ class HubClient(Outbox):
                 self._outbox.append(wire.Forgone(request))
                 key = Key(self.group, request)
                 pending.future.set_result(self.unknown(key, pending.open_ns, pending.close_ns, "late"))
+
+
+class Onwards:
+    """An ``Observer`` that tells the hub of finished requests: it counts them, and shows them on its page.
+
+    Args:
+        hub: the hub in use, or None.
+    """
+
+    def __init__(self, hub: Callable[[], HubClient | None]) -> None:
+        self._hub = hub
+
+    def finished(self, record: RequestRecord) -> None:
+        """Tell it, where there is one; a measured block is nothing that metrics show."""
+        hub = self._hub()
+        if hub is not None and record.kind == "request":
+            hub.observe(record)
 
 
 def replace_resume(hello: wire.Hello, resume: Sequence[str]) -> wire.Hello:

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from melodi_otel.attribution.ledger import Ledger
@@ -35,15 +34,13 @@ from melodi_otel.attribution.meter import (
 )
 from melodi_otel.hub.client import HubClient
 from melodi_otel.hub.lanes import LaneMirror
-from melodi_otel.hub.parts import Orphan, closed_part, give, settle_orphans, summed
+from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, give, settle_orphans, summed
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
 
 LOOK_S: Final = 1.0
 """How often a program looks for a higher hub, at most."""
-
-Target = Ledger | HubClient
 
 
 class Places(Protocol):
@@ -56,20 +53,6 @@ class Places(Protocol):
     def after(self, client: HubClient, why: str) -> Callable[[], Any] | None:
         """How to connect to what takes the place of a hub that is gone; None: the ledger in the process."""
         ...
-
-
-@dataclass(slots=True)
-class _Kept:
-    """An open request: what to say of it once more to the next meter."""
-
-    key: Key
-    t_ns: int
-    told: dict[str, Any]
-    target: Target
-    children: list[str] = field(default_factory=list[str])
-    tokens: int | None = None
-    first_token_ns: int | None = None
-    parts: list[Future[list[Share]]] = field(default_factory=list["Future[list[Share]]"])
 
 
 class MovingMeter:
@@ -104,7 +87,7 @@ class MovingMeter:
         self._now_ns = now_ns
         self._lock = threading.RLock()
         self._target: Target | None = None
-        self._kept: dict[Key, _Kept] = {}
+        self._kept: dict[Key, Kept] = {}
         self._engines: dict[EngineId, dict[str, Any]] = {}
         self._lanes: dict[tuple[EngineId, int], LaneMirror] = {}
         self._unseen = 0
@@ -247,7 +230,7 @@ class MovingMeter:
         }
         with self._lock:
             target = self._target or self._chosen()
-            self._kept[key] = _Kept(key, t_ns, told, target)
+            self._kept[key] = Kept(key, t_ns, told, target)
             target.open(key, t_ns, **told)
         if t_ns - self._looked_ns > LOOK_S * 1e9:
             self._looked_ns = t_ns
@@ -417,7 +400,7 @@ class MovingMeter:
                 return
             new.become(self._came_back, self._lost)
             t_ns = self._now_ns()
-            parts: list[tuple[_Kept, Future[list[Share]]]] = []
+            parts: list[tuple[Kept, Future[list[Share]]]] = []
             for kept in self._kept.values():
                 if kept.target is old:
                     part = old.close(kept.key, max(t_ns, kept.t_ns), kept.tokens, "stop")

@@ -5,11 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import Key, Share
+from melodi_otel.hub.client import HubClient
 from melodi_otel.hub.wire import Told
+
+Target = Ledger | HubClient
+
+
+@dataclass(slots=True)
+class Kept:
+    """An open request: what to say of it once more to the next meter, and its parts in earlier ones."""
+
+    key: Key
+    t_ns: int
+    told: dict[str, Any]
+    target: Target
+    children: list[str] = field(default_factory=list[str])
+    tokens: int | None = None
+    first_token_ns: int | None = None
+    parts: list[Future[list[Share]]] = field(default_factory=list["Future[list[Share]]"])
 
 
 @dataclass(slots=True)

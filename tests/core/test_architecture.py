@@ -55,6 +55,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "publishing": set(),
     "group_clocks": {"attribution", "processes"},
     "station": ANY,
+    "tending": set(),
     "hub_process": ANY,
     "readings": {"attribution", "timeline", "sources", "sampler", "telemetry"},
     "testing": ANY,
