@@ -29,7 +29,7 @@ from melodi_otel.neighbours import Neighbours
 from melodi_otel.processes import ProcessClock
 from melodi_otel.readings import Readings
 from melodi_otel.sampler import Sampler
-from melodi_otel.sources.base import Discovery, Forkable, Settings
+from melodi_otel.sources.base import Discovery, Forkable, Settings, Sliced
 from melodi_otel.sources.discovery import describe, discover
 from melodi_otel.status import HubStatus, Mode, ModelTotals, OpenRequest, Reporter, StatusViews, not_ready
 from melodi_otel.telemetry.metrics import Hardware
@@ -303,6 +303,10 @@ class Station:
                 self.ledger.device(device, ahead=True)  # before the requests that came meanwhile
             if self.config.span_wait is None:
                 self._span_wait_s = max((wait_s(device) for device in self._found.values()), default=1.0)
+        for source in self.discovery.sources:
+            if isinstance(source, Sliced):
+                for part, board in source.slices.items():
+                    self.ledger.slice_of(part, board)
         self.sampler = self._make_sampler()
         made = Neighbours(
             self.discovery.sources,

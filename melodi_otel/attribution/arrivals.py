@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -25,15 +25,22 @@ class Arrivals:
         accounts: the devices' accounts, which keep steps until their intervals close.
         model: where weights come from.
         host_devices: ids of CPU packages and memory that every step uses beside its accelerators.
+        board: names of devices with those of slices replaced by their boards'.
     """
 
     def __init__(
-        self, roster: Roster, accounts: Mapping[str, Account], model: CostModel, host_devices: Sequence[str]
+        self,
+        roster: Roster,
+        accounts: Mapping[str, Account],
+        model: CostModel,
+        host_devices: Sequence[str],
+        board: Callable[[tuple[str, ...]], tuple[str, ...]] = tuple,
     ) -> None:
         self._roster = roster
         self._accounts = accounts
         self._model = model
         self._host_devices = host_devices
+        self._board = board
 
     def step(
         self,
@@ -85,6 +92,8 @@ class Arrivals:
         devices: tuple[str, ...] | None,
         work: Sequence[Work],
     ) -> None:
+        if devices is not None:
+            devices = self._board(devices)
         if t0_ns < run.t1_ns:
             state.clipped += 1
             t0_ns = run.t1_ns

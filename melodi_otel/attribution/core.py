@@ -57,7 +57,8 @@ class Core:
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
         self._finished = finished
-        self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices)
+        self.slices: dict[str, str] = {}
+        self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices, self._board)
         self._closer = IntervalCloser(self.roster, self.model, policy, best)
         self._moved = False
         self.changed = False
@@ -76,6 +77,9 @@ class Core:
             if before is not None:
                 account.restore(before.state(0.0))
             self.changed = True
+
+    def slice_of(self, part: str, device: str) -> None:
+        self.slices[part] = device
 
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
         account = self._account(device)
@@ -136,7 +140,7 @@ class Core:
         known.service = service or known.service
         known.world = world or known.world
         if devices is not None:
-            known.devices = with_host(devices, self.host_devices)
+            known.devices = with_host(self._board(devices), self.host_devices)
         if any(fact is not None for fact in facts):
             known.facts = EngineFacts(*facts)
             known.theta = None
@@ -333,7 +337,9 @@ class Core:
 
     def _devices_for(self, engine: EngineId | None, devices: tuple[str, ...] | None) -> tuple[tuple[str, ...], bool]:
         if devices is not None:
-            return with_host(devices, self.host_devices), False
+            # Of a slice only the board has a meter. Where its fraction is not taken off, what the slice used is assumed.
+            whole = any(name in self.slices and self._is_whole(self.slices[name]) for name in devices)
+            return with_host(self._board(devices), self.host_devices), whole
         if engine is not None:
             known = self.roster.engines[engine].devices
             if known is not None:
@@ -341,6 +347,15 @@ class Core:
         # Without an engine it is a block of code, which may use the whole host: nothing is assumed.
         names = tuple(name for name, account in self.accounts.items() if account.device.type != "host")
         return names, engine is not None
+
+    def _board(self, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if not self.slices:
+            return devices
+        return tuple(dict.fromkeys(self.slices.get(name, name) for name in devices))
+
+    def _is_whole(self, device: str) -> bool:
+        account = self.accounts.get(device)
+        return account is not None and account.device.fraction == 1.0
 
     def _engines_on(self, account: Account) -> list[EngineState]:
         name = account.device.id

@@ -112,6 +112,14 @@ class Ledger:
         put = self._inbox.appendleft if ahead else self._inbox.append
         put((self._core.device, (device,)))
 
+    def slice_of(self, part: str, device: str) -> None:
+        """``part`` names a slice (MIG device) of ``device``: who computes there is charged on the board.
+
+        Where the device's ``fraction`` is 1.0, the other slices' part is not taken off beforehand, so such a request's quality is
+        at best ``interpolated``, with the reason ``devices_assumed``.
+        """
+        self._inbox.append((self._core.slice_of, (part, device)))
+
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None = None) -> None:
         """A cumulative reading in J."""
         self._inbox.append((self._core.counter, (device, t_ns, joules, range_j)))

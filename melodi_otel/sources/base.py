@@ -30,6 +30,7 @@ __all__ = [
     "PowerSource",
     "Refusal",
     "Settings",
+    "Sliced",
     "Source",
     "StateSource",
 ]
@@ -117,6 +118,16 @@ class Forkable(Protocol):
 
     def forked(self) -> None:
         """In a child: close the copies; quick, never raises, and drivers are left alone."""
+        ...
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """A source whose boards are partitioned."""
+
+    @property
+    def slices(self) -> Mapping[str, str]:
+        """By the name under which a program knows its slice (MIG device), the ``hw.id`` of the board that it is a part of."""
         ...
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.meter import EngineId, Key, Share
+from melodi_otel.attribution.meter import EngineId, Key, Prefill, Share
 from melodi_otel.devices import Device
 
 S = 1_000_000_000
@@ -50,6 +50,27 @@ def test_configured_devices_win() -> None:
     made = ledger("GPU-0", "GPU-1", engine_devices=("GPU-1",))
     made.engine(ENGINE, 0, devices=("GPU-0",))
     assert [share.device for share in one(made, engine=ENGINE, devices=("GPU-0",))] == ["GPU-1"]
+
+
+def test_a_slice_is_charged_on_its_board() -> None:
+    """Who computes on a MIG device gets joules of its board, and they are assumed where the board is metered as a whole."""
+    made = ledger("GPU-0", "GPU-1")
+    made.slice_of("MIG-a", "GPU-0")
+    shares = one(made, engine=ENGINE, devices=("MIG-a",))
+    assert [(share.device, share.joules) for share in shares] == [("GPU-0", 100.0)]
+    assert (shares[0].quality, shares[0].reason) == ("interpolated", "devices_assumed")
+
+
+def test_a_step_on_a_slice_is_one_on_its_board() -> None:
+    """Steps that name a slice count on its board."""
+    made = ledger("GPU-0")
+    made.slice_of("MIG-a", "GPU-0")
+    made.open(Key("g", "a"), 0, engine=ENGINE, devices=("MIG-a",))
+    made.step(ENGINE, 0, 1, 0, S, ("MIG-a",), prefill=[Prefill("a", 10, 0)])
+    future = made.close(Key("g", "a"), S, 1, "stop")
+    made.counter("GPU-0", S, 100.0)
+    made.settle(S)
+    assert [(share.device, share.joules, share.method) for share in future.result(0)] == [("GPU-0", 100.0, "exclusive")]
 
 
 def test_part_of_a_group_is_partial() -> None:

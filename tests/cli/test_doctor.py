@@ -43,7 +43,7 @@ def test_json_is_the_same_report(runtime):
     assert report["exit_code"] == result.exit_code == 0
     assert report["sources"][0]["devices"][0]["id"] == "intel-rapl:0"
     assert report["refusals"][0]["state"] == "library_missing"
-    assert report["variables"] == {"set": {"MELODI_SOURCES": "rapl"}, "unknown": ["MELODI_TYPO"]}
+    assert report["variables"] == {"set": {"MELODI_HUB": "local", "MELODI_SOURCES": "rapl"}, "unknown": ["MELODI_TYPO"]}
     assert set(report["destinations"]) == {"spans", "metrics", "scrape"}
     assert set(report["libraries"]) == {
         "torch",
