@@ -303,7 +303,9 @@ VARIABLES: Final[dict[str, Variable]] = {
         secret=True,
     ),
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
-    "MELODI_RECORD": Variable("record", str, "a file name", "Write the trace of this process there."),
+    "MELODI_RECORD": Variable(
+        "record", str, "a file name", "Write the trace of this process there; `auto` then means `local` for MELODI_HUB."
+    ),
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),
     "MELODI_PUE": Variable("pue", _number(1), "a number from 1", "Power usage effectiveness, published as a gauge."),
     "MELODI_ENERGY_PRICE": Variable("energy_price", _number(0), "currency per kWh", "Published as a gauge."),

@@ -95,7 +95,10 @@ class Runtime:
         self._guard = guard_of(config)
         self._environ = environ
         # A hub that answers now is used; no meter is opened here then.
-        self._choice = choice or Choice(config.hub, environ)
+        self._setting = (
+            "local" if config.record and config.hub == "auto" else config.hub
+        )  # a trace is this process's own
+        self._choice = choice or Choice(self._setting, environ)
         self._connect = self._choice.first()
         self.station = Station(
             config, self.clock, environ, who=self._who, sampled=self._sampled, turn=self._turn, later=later
@@ -107,7 +110,7 @@ class Runtime:
         self._name = secrets.token_hex(8)
         self._tender = Tender(self._tend)
         self._moving: MovingMeter | None = None
-        if self._connect is not None or config.hub != "local":
+        if self._connect is not None or self._setting != "local":
             self._moving = MovingMeter(
                 self.station.ledger,
                 self._client,
@@ -454,7 +457,7 @@ class Runtime:
         self.station.forked()
         self.store.forked()
         if self._moving is not None:
-            self._choice = Choice(self.config.hub, self._environ, forked=True)
+            self._choice = Choice(self._setting, self._environ, forked=True)
             self._moving.forked(self._choice, self._chosen_in_child)
 
     def _chosen_in_child(self) -> Any:

@@ -67,7 +67,8 @@ def demo(
     from melodi_otel.runtime import Runtime
 
     screen = console()
-    config = replace(Config.from_env(os.environ), console=False)
+    # It shows the books of what it did, so it keeps them itself, also where the host has an agent.
+    config = replace(Config.from_env(os.environ), console=False, hub="local")
     if config.disabled:
         raise MelodiError("MELODI_DISABLED is set, so there is nothing to show")
     check_installed()
