@@ -1,7 +1,8 @@
 """When a stepping counter will step next.
 
 A GPU's energy counter moves every 20 to 100 ms and stands still in between. Read at any time, its figure is up to one period
-old; read right after it moved, it is fresh at no extra cost. Each read tells one bit: moved since the last read, or not::
+old; read right after it moved, it is fresh at no extra cost where a read is cheap (an H200 takes 3 ms for one, and 15 ms
+where it meets the update). Each read tells one bit: moved since the last read, or not::
 
     counter ____|‾‾‾‾‾‾‾‾‾|‾‾‾‾‾‾‾‾‾|‾‾‾‾‾‾‾‾‾|‾‾‾‾       seeking: reads every 20 ms until two steps are bracketed;
     seek     r r r r r r r r r r r                      period and phase are known to some 20 ms
