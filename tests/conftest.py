@@ -17,6 +17,7 @@ BUDGET_MINUTES = {
     "timeline": 1.5,
     "identity": 0.5,
     "attribution": 4.0,
+    "hub": 4.0,
     "trace": 2.0,
     "results": 1.0,
     "cli": 3.0,

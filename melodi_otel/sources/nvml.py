@@ -23,7 +23,9 @@ from typing import Final
 from melodi_otel.devices import Device
 from melodi_otel.errors import Gone, Refused, SourceError, Transient
 from melodi_otel.sources import nvml_library as lib
+from melodi_otel.sources import nvml_processes as processes
 from melodi_otel.sources.base import CounterReading, GpuState, PowerReading, Settings
+from melodi_otel.sources.nvml_allotted import allotted, may_open, openable
 from melodi_otel.sources.nvml_board import (
     Board,
     BoardReading,
@@ -35,6 +37,7 @@ from melodi_otel.sources.nvml_board import (
     read,
 )
 from melodi_otel.sources.nvml_library import NvmlApi, code_of, open_library, refusal
+from melodi_otel.sources.nvml_processes import GpuProcesses, ProcessLoad
 from melodi_otel.sources.nvml_visible import BoardId, Choice, Visible, visible
 from melodi_otel.units import millijoules, milliwatts
 
@@ -49,12 +52,15 @@ _LOST: Final = frozenset({lib.GPU_IS_LOST, lib.RESET_REQUIRED, lib.GPU_NOT_FOUND
 _DRIVER_LEFT: Final = frozenset({lib.DRIVER_NOT_LOADED, lib.VERSION_MISMATCH})
 
 
-def open_nvml(settings: Settings) -> NvmlSource:
+def open_nvml(settings: Settings, *, devices: str = "/dev") -> NvmlSource:
     """Open the GPUs that this program may see.
 
     Args:
         settings: ``nvml_library`` names the library to load (None: the driver's); ``CUDA_VISIBLE_DEVICES`` and
-            ``CUDA_DEVICE_ORDER`` are read from ``environ``; readings carry the time of ``clock``.
+            ``CUDA_DEVICE_ORDER``, and in a SLURM job its variables, are read from ``environ``; readings carry the time of
+            ``clock``.
+        devices: where the nodes ``nvidiaN`` lie; GPUs whose node may not be opened (a SLURM job's control group) are left
+            out.
 
     Raises:
         Refused: there is nothing to measure here; with the reason, the fix, and as ``state`` one of
@@ -64,7 +70,7 @@ def open_nvml(settings: Settings) -> NvmlSource:
     """
     api = open_library(settings.nvml_library)
     try:
-        return _open(api, settings)
+        return _open(api, settings, devices)
     except Refused:
         _shut_down(api)
         raise
@@ -92,6 +98,8 @@ class NvmlSource:
         self._boards = tuple(boards)
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        # The slow questions have a lock of their own: a reading never waits for them, only close() does.
+        self._asking = threading.Lock()
         self._closed = False
         self._round: list[tuple[Board, int, BoardReading]] | None = None
         self._averages: tuple[PowerReading, ...] = ()
@@ -164,20 +172,19 @@ class NvmlSource:
             Transient: it did not answer this time.
             Gone: there is no such device here any more.
         """
-        self._check()
-        for board in self._boards:
-            if board.device.id == device_id:
-                try:
-                    return sorted(
-                        {int(process.pid) for process in self._api.nvmlDeviceGetComputeRunningProcesses(board.handle)}
-                    )
-                except self._api.NVMLError as error:
-                    if code_of(error) in (lib.NOT_SUPPORTED, lib.FUNCTION_NOT_FOUND):
-                        raise Refused(
-                            "the driver does not tell which processes use the GPU", state="not_supported"
-                        ) from error
-                    raise Transient(f"the processes on {device_id} could not be listed: {error}") from error
-        raise Gone(f"{device_id} is not here", device_id)
+        with self._asking:
+            return processes.compute_pids(self._api, self._named(device_id).handle, device_id)
+
+    def processes(self, device_id: str) -> GpuProcesses:
+        """Who is on a GPU, or on the slices of it that are ours. Slow as :meth:`compute_pids`; raises the same."""
+        with self._asking:
+            board = self._named(device_id)
+            return processes.list_processes(self._api, board.handle, self._slices(board), device_id)
+
+    def process_loads(self, device_id: str, since_us: int) -> Sequence[ProcessLoad]:
+        """What processes used of a GPU since ``since_us``, see :func:`process_loads`. Slow; raises as that and Gone."""
+        with self._asking:
+            return processes.process_loads(self._api, self._named(device_id).handle, since_us, device_id)
 
     def close(self) -> None:
         """Give NVML back, once; never raises. In a forked child it only lets go (see the module's words on forks)."""
@@ -187,19 +194,33 @@ class NvmlSource:
         if os.getpid() != self._pid:
             return
         # A reading may hang in the driver; the program that ends must not wait for it.
-        held = self._lock.acquire(timeout=1.0)
+        held = [lock for lock in (self._lock, self._asking) if lock.acquire(timeout=1.0)]
         try:
-            if held:
+            if len(held) == 2:
                 _shut_down(self._api)
         finally:
-            if held:
-                self._lock.release()
+            for lock in held:
+                lock.release()
 
     def _check(self) -> None:
         if self._closed:
             raise Gone("the NVML source is closed")
         if os.getpid() != self._pid:
             raise Gone("this process was forked: NVML must be opened again here")
+
+    def _named(self, device_id: str) -> Board:
+        self._check()
+        found = next((board for board in self._boards if board.device.id == device_id), None)
+        if found is None:
+            raise Gone(f"{device_id} is not here", device_id)
+        return found
+
+    def _slices(self, board: Board) -> list[object]:
+        """Handles of the MIG devices that are ours, asked anew: a slice that was made again has another one."""
+        try:
+            return [self._api.nvmlDeviceGetHandleByUUID(uuid) for uuid in board.slices]
+        except self._api.NVMLError as error:
+            raise Transient(f"a slice of {board.device.id} is not there: {error}") from error
 
     def _read_round(self) -> list[tuple[Board, int, BoardReading]]:
         self._check()
@@ -284,7 +305,7 @@ def _wrong(board: Board, found: BoardReading) -> str | None:
     return None
 
 
-def _open(api: NvmlApi, settings: Settings) -> NvmlSource:
+def _open(api: NvmlApi, settings: Settings, devices: str) -> NvmlSource:
     try:
         count = api.nvmlDeviceGetCount()
     except api.NVMLError as error:
@@ -293,11 +314,16 @@ def _open(api: NvmlApi, settings: Settings) -> NvmlSource:
         raise Refused(
             "the NVIDIA driver shows no GPU", fix="in a container start it with --gpus all", state="no_device"
         )
-    known, handles, notes, last = _enumerate(api, count)
+    known, handles, notes, denied, last = _enumerate(api, count)
     if not known:
         if last is not None and code_of(last) in (lib.NO_PERMISSION, lib.FUNCTION_NOT_FOUND):
             raise refusal(code_of(last), last) from last
         raise Refused(f"no GPU answers: {last}", fix="run nvidia-smi; it names the broken GPU", state="failed")
+    known, closed = openable(known, lambda minor: may_open(minor, devices))
+    known, given = allotted(known, settings.environ)
+    scope = denied + closed + given
+    for note in scope:
+        log.debug("nvml: %s", note)
     seen = visible(known, settings.environ)
     notes += seen.notes
     if not seen.choices:
@@ -313,14 +339,21 @@ def _open(api: NvmlApi, settings: Settings) -> NvmlSource:
         driver = api.nvmlSystemGetDriverVersion()
     except api.NVMLError:
         driver = None
-    return NvmlSource(api, settings, boards, notes, driver)
+    return NvmlSource(api, settings, boards, scope + notes, driver)
 
 
-def _enumerate(api: NvmlApi, count: int) -> tuple[list[BoardId], dict[str, object], list[str], Exception | None]:
-    """Every board that says who it is; one that does not is left out, as CUDA leaves it out."""
+def _enumerate(
+    api: NvmlApi, count: int
+) -> tuple[list[BoardId], dict[str, object], list[str], list[str], Exception | None]:
+    """Every board that says who it is; one that does not is left out, as CUDA leaves it out.
+
+    Returns:
+        The boards, their handles, what is wrong with those left out, which are somebody else's, and the last error.
+    """
     known: list[BoardId] = []
     handles: dict[str, object] = {}
     notes: list[str] = []
+    denied: list[str] = []
     last: Exception | None = None
     for index in range(count):
         try:
@@ -328,11 +361,13 @@ def _enumerate(api: NvmlApi, count: int) -> tuple[list[BoardId], dict[str, objec
             board = identify(api, index, handle)
         except api.NVMLError as error:
             last = error
-            notes.append(f"GPU {index} is left out: {error}")
+            # In a SLURM job that is how the GPUs of other jobs look: no fault, so no warning.
+            told = denied if code_of(error) == lib.NO_PERMISSION else notes
+            told.append(f"GPU {index} is left out: {error}")
             continue
         known.append(board)
         handles[board.uuid] = handle
-    return known, handles, notes, last
+    return known, handles, notes, denied, last
 
 
 def _boards(api: NvmlApi, seen: Visible, handles: Mapping[str, object], notes: list[str]) -> list[Board]:
@@ -357,7 +392,8 @@ def _boards(api: NvmlApi, seen: Visible, handles: Mapping[str, object], notes: l
 def _board(api: NvmlApi, handle: object, choice: Choice) -> Board:
     can = probe(api, handle, choice.board.name)
     fields = fields_of(can)
-    return Board(handle, describe(api, handle, choice, can), can, lib.FieldCall(api, fields) if fields else None)
+    ask = lib.FieldCall(api, fields) if fields else None
+    return Board(handle, describe(api, handle, choice, can), can, ask, tuple(part.uuid for part in choice.slices))
 
 
 def _shut_down(api: NvmlApi) -> None:

@@ -79,12 +79,13 @@ class BoardReading:
 
 @dataclass(slots=True)
 class Board:
-    """A board that is read: its handle, its fixed facts, and how often it failed in a row."""
+    """A board that is read: its handle, its fixed facts, the MIG devices that are ours, how often it failed in a row."""
 
     handle: object
     device: Device
     can: Capabilities
     ask: lib.FieldCall | None
+    slices: tuple[str, ...] = ()
     failures: int = 0
     last_mj: int = 0
     zeros: int = 0
@@ -140,6 +141,7 @@ def identify(api: NvmlApi, index: int, handle: object) -> BoardId:
         speed=None if not cores or not clock else float(cores * clock),
         mig=mig,
         slices=tuple(_slices(api, handle)) if mig else (),
+        minor=_try(api, lambda: api.nvmlDeviceGetMinorNumber(handle)),
     )
 
 

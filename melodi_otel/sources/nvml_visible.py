@@ -39,6 +39,7 @@ class BoardId:
         speed: cores × clock, to guess CUDA's fastest-first order; None: unknown.
         mig: MIG is on.
         slices: its MIG devices as NVML shows them here.
+        minor: N of its node ``/dev/nvidiaN``; None: unknown.
     """
 
     uuid: str
@@ -48,14 +49,16 @@ class BoardId:
     speed: float | None = None
     mig: bool = False
     slices: tuple[MigSlice, ...] = ()
+    minor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A board that is visible, and the part of it that is (MIG), 1.0 for all."""
+    """A board that is visible, and the part of it that is: 1.0 and no slices where it is the whole board."""
 
     board: BoardId
     fraction: float = 1.0
+    slices: tuple[MigSlice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +158,14 @@ def _whole_or_first_slice(board: BoardId, notes: list[str]) -> tuple[BoardId, Mi
 def _joined(picks: Sequence[tuple[BoardId, MigSlice | None]], notes: list[str]) -> tuple[Choice, ...]:
     fractions: dict[str, float] = {}
     boards: dict[str, BoardId] = {}
+    slices: dict[str, tuple[MigSlice, ...]] = {}
+    whole: set[str] = set()
     for board, part in picks:
         share = 1.0
-        if part is not None:
+        if part is None:
+            whole.add(board.uuid)
+        else:
+            slices[board.uuid] = (*slices.get(board.uuid, ()), part)
             if part.share is None:
                 notes.append(f"the size of {part.uuid} is unknown: the whole board {board.uuid} is taken for it")
             else:
@@ -168,7 +176,9 @@ def _joined(picks: Sequence[tuple[BoardId, MigSlice | None]], notes: list[str]) 
                 )
         boards[board.uuid] = board
         fractions[board.uuid] = min(1.0, fractions.get(board.uuid, 0.0) + share)
-    return tuple(Choice(board, fractions[uuid]) for uuid, board in boards.items())
+    return tuple(
+        Choice(board, fractions[uuid], () if uuid in whole else slices.get(uuid, ())) for uuid, board in boards.items()
+    )
 
 
 def _cuda_order(boards: Sequence[BoardId], environ: Mapping[str, str]) -> tuple[list[BoardId], list[str]]:

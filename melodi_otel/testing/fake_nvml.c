@@ -21,9 +21,10 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_GPUS = 16, MAX_SLICES = 8, MAX_PIDS = 16, MAX_SEGMENTS = 256, MAX_RULES = 32, MAX_CALLS = 64, NAME = 64 };
+enum { MAX_GPUS = 16, MAX_SLICES = 8, MAX_PIDS = 16, MAX_LOADS = 64, MAX_SEGMENTS = 256, MAX_RULES = 32, MAX_CALLS = 64, NAME = 64 };
 enum {
-    OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
+    OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6,
+    INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9, GPU_IS_LOST = 15, VERSION_MISMATCH = 25
 };
 enum { ANSWER_ZERO = -1 }; /* a rule's code: succeed, with the value 0 */
@@ -41,6 +42,9 @@ typedef struct {
     uint64_t memory_mb;
 } slice_t;
 
+/* How much a process used of a board in the sample period that ended at t_us (microseconds since the epoch). */
+typedef struct { int64_t t_us; uint32_t pid, sm, memory, unused; } load_t;
+
 typedef struct {
     char uuid[96];
     char name[96];
@@ -56,9 +60,15 @@ typedef struct {
     int64_t fast_poll_ns;                                            /* closer readings get fast_poll_code */
     int32_t fast_poll_code;
     uint32_t lost;
-    uint32_t mig_mode, max_slices, slice_count, pid_count, segment_count, unused;
+    uint32_t mig_mode, max_slices, slice_count, pid_count, segment_count;
+    uint32_t minor_plus_one;                                         /* of /dev/nvidiaN; 0: not told */
+    uint32_t graphics_count, load_count, has_loads;
+    uint32_t mig_private;                                            /* only root may list a partitioned board */
     int64_t last_read_ns;                                            /* written by the library */
     uint32_t pids[MAX_PIDS];
+    uint32_t pid_slices[MAX_PIDS];                                   /* the slice it is on, plus one; 0: the board */
+    uint32_t graphics[MAX_PIDS];
+    load_t loads[MAX_LOADS];
     slice_t slices[MAX_SLICES];
     segment_t segments[MAX_SEGMENTS];
 } gpu_t;
@@ -81,6 +91,7 @@ typedef struct {
     int32_t monotonic;                                               /* 1: CLOCK_MONOTONIC, 0: now_ns by hand */
     uint32_t gpu_count, rule_count, init_error;
     int64_t origin_ns, now_ns;
+    int64_t epoch_us;                                                /* microseconds since the epoch at time 0 */
     int64_t initialized;                                             /* written by the library: its reference count */
     rule_t rules[MAX_RULES];
     calls_t calls[MAX_CALLS];
@@ -370,6 +381,15 @@ int nvmlDeviceGetPciInfo_v3(void *handle, pci_t *out) {
 }
 #endif
 
+#ifndef FAKE_WITHOUT_nvmlDeviceGetMinorNumber
+int nvmlDeviceGetMinorNumber(void *handle, unsigned *out) {
+    BOARD("nvmlDeviceGetMinorNumber")
+    if (!gpu->minor_plus_one) return NOT_SUPPORTED;
+    *out = gpu->minor_plus_one - 1;
+    return OK;
+}
+#endif
+
 #ifndef FAKE_WITHOUT_nvmlDeviceGetArchitecture
 int nvmlDeviceGetArchitecture(void *handle, unsigned *out) {
     BOARD("nvmlDeviceGetArchitecture")
@@ -509,15 +529,83 @@ int nvmlDeviceGetMemoryInfo_v2(void *handle, memory_v2_t *out) {
 
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process_t;
 
+/* A board, or the slice of one: part is NULL for a board. */
+#define BOARD_OR_SLICE(name)                                                              \
+    int index;                                                                            \
+    slice_t *part = slice(handle, &index);                                                \
+    gpu_t *gpu = part ? &state->gpus[index] : board(handle, &index);                      \
+    CALL(name, index)                                                                     \
+    if (!gpu) return INVALID_ARGUMENT;
+
 #ifndef FAKE_WITHOUT_nvmlDeviceGetComputeRunningProcesses_v3
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, process_t *out) {
-    BOARD("nvmlDeviceGetComputeRunningProcesses_v3")
+    BOARD_OR_SLICE("nvmlDeviceGetComputeRunningProcesses_v3")
+    if (!part && gpu->mig_mode && gpu->mig_private) return NO_PERMISSION;
+    unsigned room = *count, found = 0;
+    for (unsigned i = 0; i < gpu->pid_count; i++) {
+        unsigned place = gpu->pid_slices[i];
+        if (part && (!place || &gpu->slices[place - 1] != part)) continue;
+        unsigned instance = place ? gpu->slices[place - 1].gpu_instance : ~0u;
+        unsigned compute = place ? gpu->slices[place - 1].compute_instance : ~0u;
+        if (out && found < room) out[found] = (process_t){ gpu->pids[i], 1 << 20, instance, compute };
+        found++;
+    }
+    *count = found;
+    return found && (!out || room < found) ? INSUFFICIENT_SIZE : OK;
+}
+#endif
+
+#ifndef FAKE_WITHOUT_nvmlDeviceGetGraphicsRunningProcesses_v3
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, process_t *out) {
+    BOARD_OR_SLICE("nvmlDeviceGetGraphicsRunningProcesses_v3")
+    if (part || gpu->mig_mode) return NOT_SUPPORTED;
     unsigned room = *count;
-    *count = gpu->pid_count;
-    if (gpu->pid_count == 0) return OK;
-    if (!out || room < gpu->pid_count) return INSUFFICIENT_SIZE;
-    for (unsigned i = 0; i < gpu->pid_count; i++) out[i] = (process_t){ gpu->pids[i], 1 << 20, ~0u, ~0u };
+    *count = gpu->graphics_count;
+    if (gpu->graphics_count == 0) return OK;
+    if (!out || room < gpu->graphics_count) return INSUFFICIENT_SIZE;
+    for (unsigned i = 0; i < gpu->graphics_count; i++) out[i] = (process_t){ gpu->graphics[i], 1 << 20, ~0u, ~0u };
     return OK;
+}
+#endif
+
+typedef struct { unsigned pid; unsigned long long t_us; unsigned sm, memory, encoder, decoder; } sample_t;
+
+#ifndef FAKE_WITHOUT_nvmlDeviceGetProcessUtilization
+int nvmlDeviceGetProcessUtilization(void *handle, sample_t *out, unsigned *count, unsigned long long since_us) {
+    BOARD_OR_SLICE("nvmlDeviceGetProcessUtilization")
+    if (part || gpu->mig_mode || gpu->has_loads != 1) return NOT_SUPPORTED;
+    unsigned room = *count, found = 0;
+    for (unsigned i = 0; i < gpu->load_count; i++) {
+        load_t *load = &gpu->loads[i];
+        if ((unsigned long long)load->t_us <= since_us || load->t_us > state->epoch_us + now_ns() / 1000) continue;
+        if (out && found < room)
+            out[found] = (sample_t){ load->pid, (unsigned long long)load->t_us, load->sm, load->memory, 0, 0 };
+        found++;
+    }
+    *count = found;
+    if (!found) return NOT_FOUND;
+    return !out || room < found ? INSUFFICIENT_SIZE : OK;
+}
+#endif
+
+typedef struct { unsigned long long t_us; unsigned pid, sm, memory, encoder, decoder, jpeg, ofa; } info_t;
+typedef struct { unsigned version, count; unsigned long long since_us; info_t *out; } infos_t;
+
+#ifndef FAKE_WITHOUT_nvmlDeviceGetProcessesUtilizationInfo
+int nvmlDeviceGetProcessesUtilizationInfo(void *handle, infos_t *asked) {
+    BOARD_OR_SLICE("nvmlDeviceGetProcessesUtilizationInfo")
+    if (part || gpu->mig_mode || !gpu->has_loads) return NOT_SUPPORTED;
+    unsigned room = asked->count, found = 0;
+    for (unsigned i = 0; i < gpu->load_count; i++) {
+        load_t *load = &gpu->loads[i];
+        if ((unsigned long long)load->t_us <= asked->since_us || load->t_us > state->epoch_us + now_ns() / 1000) continue;
+        if (asked->out && found < room)
+            asked->out[found] = (info_t){ (unsigned long long)load->t_us, load->pid, load->sm, load->memory, 0, 0, 0, 0 };
+        found++;
+    }
+    asked->count = found;
+    if (!found) return NOT_FOUND;
+    return !asked->out || room < found ? INSUFFICIENT_SIZE : OK;
 }
 #endif
 

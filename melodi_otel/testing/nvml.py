@@ -33,6 +33,7 @@ __all__ = ["ANSWER_ZERO", "STATE_VARIABLE", "CompilerMissing", "FakeGpu", "FakeN
 
 SOURCE: Final = Path(__file__).with_name("fake_nvml.c")
 STATE_VARIABLE: Final = "MELODI_FAKE_NVML_STATE"
+_WALL_S: Final = 1_700_000_000.0
 ANSWER_ZERO: Final = -1
 """Code for :meth:`FakeNvml.fail`: the call succeeds and its value is 0."""
 
@@ -79,6 +80,8 @@ class FakeNvml:
             goes on when this object is closed.
         driver: driver version.
         init_error: code that ``nvmlInit`` answers, 0 for none.
+        wall_s: seconds since the epoch at time 0, for what the driver stamps with it (utilisation of processes); None:
+            now where time is the host's, else that of :class:`melodi_otel.testing.clock.ManualClock`.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class FakeNvml:
         monotonic: bool = False,
         driver: str = "570.86.15",
         init_error: int = 0,
+        wall_s: float | None = None,
     ) -> None:
         if len(gpus) > layout.MAX_GPUS:
             raise ValueError(f"a fake NVML library has at most {layout.MAX_GPUS} GPUs")
@@ -111,6 +115,9 @@ class FakeNvml:
         state.driver = driver.encode()
         state.monotonic = int(monotonic)
         state.origin_ns = time.monotonic_ns()
+        if wall_s is None:
+            wall_s = time.time() if monotonic else _WALL_S
+        state.epoch_us = round(wall_s * 1e6)
         state.init_error = init_error
         for index, gpu in enumerate(gpus):
             write_gpu(state.gpus[index], gpu, index)
@@ -179,15 +186,53 @@ class FakeNvml:
         board.utilization_percent = round((utilization or 0.0) * 100)
         board.memory_used = memory_used
 
-    def processes(self, gpu: int, pids: Sequence[int]) -> None:
-        """The processes that compute on ``gpu``."""
+    def processes(
+        self, gpu: int, pids: Sequence[int], *, graphics: Sequence[int] = (), slices: Sequence[int | None] = ()
+    ) -> None:
+        """The processes on ``gpu``.
+
+        Args:
+            gpu: the board.
+            pids: those that compute; 0: one that the driver does not name.
+            graphics: those that draw.
+            slices: for each of ``pids`` the number of the board's MIG device that it is on; None: the board itself.
+        """
         board = self._now().gpus[gpu]
-        if len(pids) > layout.MAX_PIDS:
+        if max(len(pids), len(graphics)) > layout.MAX_PIDS:
             raise ValueError(f"a fake board has at most {layout.MAX_PIDS} processes")
-        board.pid_count = 0
+        board.pid_count = board.graphics_count = 0
         for index, pid in enumerate(pids):
+            place = slices[index] if index < len(slices) else None
             board.pids[index] = pid
-        board.pid_count = len(pids)
+            board.pid_slices[index] = 0 if place is None else place + 1
+        for index, pid in enumerate(graphics):
+            board.graphics[index] = pid
+        board.pid_count, board.graphics_count = len(pids), len(graphics)
+
+    def used(self, gpu: int, *loads: tuple[int, int], at: float | None = None) -> None:
+        """In the sample period that ends at ``at`` (seconds since the start; None: now) processes used ``gpu``.
+
+        Args:
+            gpu: the board.
+            loads: (pid, percent of the time in which its kernels ran).
+            at: when; the driver shows it from then on.
+
+        The driver's buffer is short: where it is full, its oldest half is forgotten.
+        """
+        state = self._now()
+        board = state.gpus[gpu]
+        t_us = int(state.epoch_us) + round((self._time_ns() / 1e9 if at is None else at) * 1e6)
+        for pid, percent in loads:
+            count = int(board.load_count)
+            if count == layout.MAX_LOADS:
+                half = layout.MAX_LOADS // 2
+                board.load_count = 0
+                for index in range(half):
+                    board.loads[index] = board.loads[count - half + index]
+                count = half
+            load = board.loads[count]
+            load.t_us, load.pid, load.sm, load.memory = t_us, pid, percent, 0
+            board.load_count = count + 1
 
     def fail(
         self,

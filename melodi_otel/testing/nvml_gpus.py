@@ -8,6 +8,7 @@ from typing import Final, Literal
 from melodi_otel.testing import nvml_state as layout
 
 _MODULE: Final = {"no": 0, "too": 1, "only": 2}
+_LOADS: Final = {"no": 0, "yes": 1, "info": 2}
 _BEFORE_S: Final = 3600.0
 
 
@@ -55,6 +56,11 @@ class FakeGpu:
         utilization: 0..1; None: not reported.
         memory_total: 0: not reported.
         fast_poll_s: readings closer than this get ``fast_poll_code`` (0: the value 0).
+        pids: processes that compute on it at the start.
+        graphics: processes that draw on it at the start.
+        loads: what it tells of the processes' utilisation: ``no``, ``yes``, or ``info`` (only by the newer call).
+        minor: N of ``/dev/nvidiaN``; None: not told.
+        mig_private: only root may ask the whole partitioned board for its processes.
         max_slices: MIG devices that the board could hold; 0: no MIG.
         slices: its MIG devices; any means that MIG is on.
     """
@@ -89,6 +95,10 @@ class FakeGpu:
     fast_poll_s: float = 0.0
     fast_poll_code: int = 0
     pids: tuple[int, ...] = ()
+    graphics: tuple[int, ...] = ()
+    loads: Literal["no", "yes", "info"] = "yes"
+    minor: int | None = None
+    mig_private: bool = False
     max_slices: int = 0
     slices: tuple[FakeSlice, ...] = ()
 
@@ -133,6 +143,12 @@ def write_gpu(board: layout.Gpu, gpu: FakeGpu, index: int) -> None:
     for number, pid in enumerate(gpu.pids):
         board.pids[number] = pid
     board.pid_count = len(gpu.pids)
+    for number, pid in enumerate(gpu.graphics):
+        board.graphics[number] = pid
+    board.graphics_count = len(gpu.graphics)
+    board.has_loads = _LOADS[gpu.loads]
+    board.minor_plus_one = 0 if gpu.minor is None else gpu.minor + 1
+    board.mig_private = int(gpu.mig_private)
     # The script begins an hour before time 0, so that gauges with a window are full when a test starts; the counter
     # counts from 0 on (reset_ns).
     board.segments[0].t_ns = -round(_BEFORE_S * 1e9)

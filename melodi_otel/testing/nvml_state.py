@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 MAX_GPUS: Final = 16
 MAX_SLICES: Final = 8
 MAX_PIDS: Final = 16
+MAX_LOADS: Final = 64
 MAX_SEGMENTS: Final = 256
 MAX_RULES: Final = 32
 MAX_CALLS: Final = 64
@@ -50,6 +51,17 @@ class Slice(ctypes.Structure):
         ("compute_slices", ctypes.c_uint32),
         ("memory_mb", ctypes.c_uint64),
     ]
+
+
+class Load(ctypes.Structure):
+    """What a process used of a board in the sample period that ended at ``t_us``: percent of SM and of memory."""
+
+    if TYPE_CHECKING:
+        t_us: int
+        pid: int
+        sm: int
+        memory: int
+    _fields_ = [("t_us", ctypes.c_int64), *((name, ctypes.c_uint32) for name in ("pid", "sm", "memory", "unused"))]
 
 
 class Gpu(ctypes.Structure):
@@ -95,8 +107,16 @@ class Gpu(ctypes.Structure):
         slice_count: int
         pid_count: int
         segment_count: int
+        minor_plus_one: int
+        graphics_count: int
+        load_count: int
+        has_loads: int
+        mig_private: int
         last_read_ns: int
         pids: ctypes.Array[ctypes.c_uint32]
+        pid_slices: ctypes.Array[ctypes.c_uint32]
+        graphics: ctypes.Array[ctypes.c_uint32]
+        loads: ctypes.Array[Load]
         slices: ctypes.Array[Slice]
         segments: ctypes.Array[Segment]
     _fields_ = [
@@ -116,9 +136,13 @@ class Gpu(ctypes.Structure):
         ("fast_poll_ns", ctypes.c_int64),
         ("fast_poll_code", ctypes.c_int32),
         *((name, ctypes.c_uint32) for name in ("lost", "mig_mode", "max_slices", "slice_count")),
-        *((name, ctypes.c_uint32) for name in ("pid_count", "segment_count", "unused")),
+        *((name, ctypes.c_uint32) for name in ("pid_count", "segment_count", "minor_plus_one")),
+        *((name, ctypes.c_uint32) for name in ("graphics_count", "load_count", "has_loads", "mig_private")),
         ("last_read_ns", ctypes.c_int64),
         ("pids", _NUMBERS),
+        ("pid_slices", _NUMBERS),
+        ("graphics", _NUMBERS),
+        ("loads", Load * MAX_LOADS),
         ("slices", Slice * MAX_SLICES),
         ("segments", Segment * MAX_SEGMENTS),
     ]
@@ -165,6 +189,7 @@ class State(ctypes.Structure):
         init_error: int
         origin_ns: int
         now_ns: int
+        epoch_us: int
         initialized: int
         rules: ctypes.Array[Rule]
         calls: ctypes.Array[Calls]
@@ -175,7 +200,7 @@ class State(ctypes.Structure):
         ("driver", ctypes.c_char * 80),
         ("monotonic", ctypes.c_int32),
         *((name, ctypes.c_uint32) for name in ("gpu_count", "rule_count", "init_error")),
-        *((name, ctypes.c_int64) for name in ("origin_ns", "now_ns", "initialized")),
+        *((name, ctypes.c_int64) for name in ("origin_ns", "now_ns", "epoch_us", "initialized")),
         ("rules", Rule * MAX_RULES),
         ("calls", Calls * MAX_CALLS),
         ("gpus", Gpu * MAX_GPUS),

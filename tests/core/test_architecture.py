@@ -36,6 +36,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "identity": set(),
     "processes": {"sources.procstat"},
     "pace": {"sources"},
+    "host_pids": set(),
+    "neighbours": {"sources", "host_pids"},
     "sampler": {"sources", "timeline", "pace"},
     "attribution": {"timeline"},
     "instrumentation": {"attribution.meter"},

@@ -113,6 +113,21 @@ def test_slices_are_their_board_with_a_fraction(wanted: str, fraction: float) ->
     assert choices[0].fraction == pytest.approx(fraction, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "parts"),
+    [
+        ("MIG-11111111,MIG-22222222", ["MIG-11111111", "MIG-22222222"]),
+        ("0", ["MIG-11111111"]),
+        ("GPU-cccc", []),
+        ("MIG-11111111,GPU-cccc", []),
+    ],
+)
+def test_a_choice_knows_its_slices(wanted: str, parts: list[str]) -> None:
+    """Which MIG devices are ours is kept, to ask for their processes; none where the whole board is ours."""
+    choices = visible((SLICED,), {"CUDA_VISIBLE_DEVICES": wanted}).choices
+    assert [part.uuid for part in choices[0].slices] == parts
+
+
 @pytest.mark.parametrize("wanted", ["MIG-", "MIG-9", "MIG-GPU-cccc/9/0", "MIG-GPU-dddd/1/0", "MIG-11111111,MIG-1"])
 def test_slices_that_are_not_here_or_named_twice_show_nothing(wanted: str) -> None:
     """An unknown, empty or repeated MIG id leaves no device visible."""

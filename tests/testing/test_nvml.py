@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -127,6 +128,20 @@ def test_load_and_processes_can_change(start: Open) -> None:
     assert api.nvmlDeviceGetUtilizationRates(handle).gpu == 50
     assert api.nvmlDeviceGetMemoryInfo(handle).used == 1024
     assert [process.pid for process in api.nvmlDeviceGetComputeRunningProcesses(handle)] == [7]
+
+
+def test_the_buffer_of_samples_forgets_its_oldest_half(start: Open) -> None:
+    """The 65th sample pushes the first 32 out; one in the future is not shown yet."""
+    fake, api = start(FakeGpu(A))
+    handle = api.nvmlDeviceGetHandleByIndex(0)
+    for second in range(64):
+        fake.used(0, (7, second), at=float(second))
+    fake.used(0, (8, 100), at=64.0)
+    fake.advance(64)
+    shown = cast(Any, api).nvmlDeviceGetProcessUtilization(handle, 0)
+    assert [(sample.pid, sample.smUtil) for sample in shown] == [*((7, n) for n in range(32, 64)), (8, 100)]
+    fake.used(0, (9, 1), at=65.0)
+    assert len(cast(Any, api).nvmlDeviceGetProcessUtilization(handle, 0)) == 33
 
 
 def test_a_script_that_goes_back_is_refused(start: Open) -> None:
