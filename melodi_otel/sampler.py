@@ -30,6 +30,7 @@ from typing import Final, Protocol
 from melodi_otel.clock import Clock
 from melodi_otel.errors import Gone, Refused, Transient
 from melodi_otel.pace import WINDOW_READS, Track
+from melodi_otel.phase_lock import DEAR_NS
 from melodi_otel.sources.base import (
     CounterReading,
     GpuState,
@@ -41,6 +42,8 @@ from melodi_otel.wall_time import WallTime
 
 log = logging.getLogger("melodi_otel")
 
+_WORKING: Final = 0.9
+"""Part of a read that its thread must have run: below, it was the host that was busy and not the driver."""
 AFTERGLOW_NS: Final = 2 * NS_PER_S
 """Full rate goes on this long after the last close: tail power and the last request's border need it."""
 
@@ -123,6 +126,8 @@ class Sampler:
     ) -> None:
         self.wall = WallTime(clock)
         self._sink = sink
+        # A sink that wants to tell them apart has a method for points between two readings; to others they are readings.
+        self._shaped: Callable[[str, int, float, float | None], None] = getattr(sink, "shaped", None) or sink.counter
         self._clock = clock
         self._cpu = cpu
         self._spacing_ns = ns(1 / min(hz, WINDOW_READS / 2))
@@ -242,14 +247,17 @@ class Sampler:
         watts: Sequence[PowerReading] = ()
         try:
             # Nothing is handed on before every read of the round succeeded.
+            began = self._thread_time_ns() if track.only_gpu else 0
             counters = track.counter.counters() if track.counter is not None else ()
+            spent_ns = self._thread_time_ns() - began if track.only_gpu else 0
             watts = track.gauge.power() if track.gauge is not None else ()
         except Exception as error:
             self._failure(track, error)
             return False
         cpu = self._read_cpu() if track.cpu_ids else None
         track.failures = 0
-        moved = self._commit(track, counters, watts)
+        self._recall(track, start_ns)
+        moved = self._commit(track, start_ns, spent_ns, counters, watts)
         t_ns = max((reading.t_ns for reading in (*counters, *watts)), default=start_ns)
         if cpu is not None:
             self._sink.cpu(t_ns, [device for device in track.cpu_ids if device not in track.gone], *cpu)
@@ -265,19 +273,36 @@ class Sampler:
                 self._once("observe", "the observer of sampling rounds failed", exc_info=True)
         return moved
 
-    def _commit(self, track: Track, counters: Sequence[CounterReading], watts: Sequence[PowerReading]) -> bool:
+    def _commit(
+        self,
+        track: Track,
+        start_ns: int,
+        spent_ns: int,
+        counters: Sequence[CounterReading],
+        watts: Sequence[PowerReading],
+    ) -> bool:
         moved = False
+        ended_ns = start_ns
+        whole_ns = max((reading.t_ns for reading in counters), default=start_ns) - start_ns
+        # Time in which the thread did not run is no cost, and says nothing about the driver.
+        working = min(1.0, spent_ns / whole_ns) if whole_ns > 0 else 0.0
         for reading in counters:
+            began_ns, ended_ns = min(ended_ns, reading.t_ns), reading.t_ns
+            waited_ns = track.costs[reading.device].note(round(working * (ended_ns - began_ns)))
             before = track.values.get(reading.device)
             changed = before is None or before != reading.joules
             track.values[reading.device] = reading.joules
             lock = track.locks.get(reading.device)
             followed = lock is not None and (track.lead is None or track.lead is lock)
             if lock is not None and followed:
-                lock.seen(reading.t_ns, changed)
+                lock.dear = track.costs[reading.device].usual_ns >= DEAR_NS
+                lock.seen(began_ns, ended_ns, changed, waited_ns if working > _WORKING else 0)
             moved |= changed
             # A stepping counter shows the energy of its last step: that is when the figure was true.
             t_ns = (lock.stepped_ns(reading.t_ns) if lock is not None and followed else None) or reading.t_ns
+            if reading.device in track.shapes and reading.range_j is None:
+                for at_ns, joules in track.shapes[reading.device].between(t_ns, reading.joules):
+                    self._shaped(reading.device, at_ns, joules, None)
             self._sink.counter(reading.device, t_ns, reading.joules, reading.range_j)
         for reading in watts:
             moved |= track.values.get(f"{reading.device} W") != reading.watts
@@ -288,6 +313,23 @@ class Sampler:
             if device not in present:  # a source may find out later that a device is not one (mirrored counters)
                 self._lose(track, device)
         return moved
+
+    def _recall(self, track: Track, now_ns: int) -> None:
+        """Ask for the power since the last reading of counters that are too dear to be read at every step."""
+        if track.history is None or track.steps(self._spacing_ns) == 1:
+            return
+        for device in track.alive():
+            shape = track.shapes[device]
+            if not shape.reaches(now_ns):
+                continue
+            try:
+                shape.add(track.history.history(device, shape.since_ns))
+            except Refused as refused:
+                track.history = None
+                log.debug("%s: %s; counters are read at every step", track.source.name, refused.reason)
+                return
+            except Exception:
+                self._once(f"{track.source.name} history", f"{track.source.name}: no power history", exc_info=True)
 
     def _failure(self, track: Track, error: Exception) -> None:
         track.failures += 1
