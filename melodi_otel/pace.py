@@ -18,8 +18,10 @@ from melodi_otel.units import NS_PER_S, ns
 
 WINDOW_NS: Final = 2 * NS_PER_S
 WINDOW_READS: Final = 20
-LEARNING_RESERVE: Final = 5
+LEARNING_RESERVE: Final = 4
 """Reads of each window that learning leaves alone, so that no burst makes the meter blind for two seconds."""
+BURST_READS: Final = 10
+"""Reads that a learning burst should find room for before it begins."""
 NARROWING_RESERVE: Final = 2
 """The same for reads that make a bracket narrower: they fall one to a period, so none of them is lost to the meter."""
 DEAR_SHARE: Final = 0.015
@@ -135,7 +137,8 @@ class Track:
         if not locked:
             earliest = max(earliest, last + spacing_ns)
         learn_ns, narrow_ns = self.allowed_ns(LEARNING_RESERVE), self.allowed_ns(NARROWING_RESERVE)
-        return max(last + 1, lock.next_read(earliest, learn_ns, narrow_ns, self.allowed_ns()))
+        burst_ns = self.allowed_ns(LEARNING_RESERVE + BURST_READS)
+        return max(last + 1, lock.next_read(earliest, burst_ns, learn_ns, narrow_ns, self.allowed_ns()))
 
 
 def _staleness(lead: PhaseLock, locks: Sequence[PhaseLock], after_ns: int) -> int:

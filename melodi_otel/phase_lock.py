@@ -39,14 +39,18 @@ _DEAR_BEHIND_NS: Final = 20 * NS_PER_MS
 _DEAR_NARROW_NS: Final = 10 * NS_PER_MS
 """Narrowing costs a dear read that may meet the update: half of this is as well as a figure can be dated for a fair price."""
 _LATE_NS: Final = 5 * NS_PER_MS
-_AMBIGUOUS: Final = 0.8
-"""A bracket wider than this part of a period no longer tells which step was seen."""
+_KNOWING: Final = 0.8
+_AMBIGUOUS: Final = 0.95
+"""A bracket wider than this part of a period no longer tells which step was seen; one of :data:`_KNOWING` is a beginning."""
 _NOTES: Final = 8
 _DRIFT: Final = 5e-4
 """Widening per period on each side, as a part of it: 0.05 ms of 100 ms, well above crystals and driver timers."""
+_EAGER: Final = 0.3
+_SPARSE_NS: Final = 350 * NS_PER_MS
+"""Distance of reads that save up for a learning burst."""
 _RELEARN_NS: Final = 10_000 * NS_PER_MS
 _SEEK_AGAIN_NS: Final = 2_000 * NS_PER_MS
-_KNOWN: Final = 0.15
+_KNOWN: Final = 0.25
 """A period known this well needs only one step to be found again."""
 
 State = Literal["seek", "locked", "free"]
@@ -165,11 +169,12 @@ class PhaseLock:
         self.state = "seek"
         self._begin()
 
-    def next_read(self, earliest_ns: int, learn_ns: int, narrow_allowed_ns: int, allowed_ns: int) -> int:
+    def next_read(self, earliest_ns: int, burst_ns: int, learn_ns: int, narrow_allowed_ns: int, allowed_ns: int) -> int:
         """When to read.
 
         Args:
             earliest_ns: the first time that the plain rate allows.
+            burst_ns: the first time that a learning burst may begin at.
             learn_ns: the first time that a read of a learning burst is allowed at.
             narrow_allowed_ns: the first time that a read is allowed at which makes a wide bracket narrower.
             allowed_ns: the first time that any read is allowed at.
@@ -180,8 +185,11 @@ class PhaseLock:
             return earliest_ns
         last_ns = self._last[1]
         if self.state == "seek":
+            if self._reads == 0 and burst_ns > last_ns + _SPARSE_NS:
+                return max(earliest_ns, last_ns + _SPARSE_NS)
             if self._reads < SEEK_READS:
-                return max(last_ns + SEEK_NS, learn_ns)
+                # Between two steps whose distance is roughly known there is nothing to see.
+                return max(last_ns + SEEK_NS, round(self._low + self._short) - 2 * NS_PER_MS, learn_ns)
             if earliest_ns - self._burst_ns >= _RELEARN_NS:
                 self._begin()
             return earliest_ns
@@ -194,7 +202,10 @@ class PhaseLock:
                 self.lose(earliest_ns)
                 return earliest_ns
             # What is not known well yet may be read ahead of the plain rate, as far as the budget goes.
-            eager = width + self._long - self._short > 2 * narrow_ns
+            spread = self._long - self._short
+            # A dear counter is read at few steps, and its period is best learnt over many: budget is kept for later ones.
+            patient = self.dear and spread >= narrow_ns / 2
+            eager = width + spread > max(2 * narrow_ns, _EAGER * self._short if patient else 0)
             first_ns = min(earliest_ns, allowed_ns if follow else narrow_allowed_ns) if eager else earliest_ns
             behind = math.ceil(self._high) + behind_ns
             # A budget that ends a moment after the step: a little late beats a period later.
@@ -203,7 +214,9 @@ class PhaseLock:
                 continue
             if self._sure_ns >= self._previous_high:
                 middle = math.ceil((self._low + self._high) / 2)
-                at = middle if width > narrow_ns and last_ns < middle else behind
+                # While the period is the lesser known of both, one look into each step brings more than two into one.
+                looked = last_ns >= self._low and spread > narrow_ns / 2
+                at = middle if width > narrow_ns and last_ns < middle and not looked else behind
                 if at == middle < first_ns and width > 2 * narrow_ns and not skipped:
                     # The budget ends behind the middle, period after period: one step left out makes room to look there.
                     skipped = True
@@ -255,7 +268,7 @@ class PhaseLock:
         bracket, spread = self._high - self._low, self._long - self._short
         if self._long <= FREE_PERIOD_NS or (self._reads >= SEEK_READS and self._short < FREE_PERIOD_NS):
             self._give_up()
-        elif bracket + spread < _AMBIGUOUS * self._short:
+        elif bracket + spread < _KNOWING * self._short:
             self.state = "locked"
             self._advance(ended_ns)
 

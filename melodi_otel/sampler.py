@@ -299,7 +299,8 @@ class Sampler:
                 lock.seen(began_ns, ended_ns, changed, waited_ns if working > _WORKING else 0)
             moved |= changed
             # A stepping counter shows the energy of its last step: that is when the figure was true.
-            t_ns = (lock.stepped_ns(reading.t_ns) if lock is not None and followed else None) or reading.t_ns
+            shown_ns = ended_ns if changed else began_ns
+            t_ns = (lock.stepped_ns(shown_ns) if lock is not None and followed else None) or reading.t_ns
             if reading.device in track.shapes and reading.range_j is None:
                 for at_ns, joules in track.shapes[reading.device].between(t_ns, reading.joules):
                     self._shaped(reading.device, at_ns, joules, None)

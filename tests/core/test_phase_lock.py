@@ -10,7 +10,7 @@ import pytest
 
 from melodi_otel.devices import Device
 from melodi_otel.sampler import Sampler
-from melodi_otel.sources.base import CounterReading
+from melodi_otel.sources.base import CounterReading, PowerReading
 from melodi_otel.testing.clock import ManualClock
 
 GPU = Device("GPU-1", "gpu")
@@ -61,14 +61,31 @@ class H200:
         pass
 
 
+class Remembering(H200):
+    """With the driver's power history: every 20 ms, the newest 15 ms old."""
+
+    def history(self, device_id: str, since_ns: int) -> Sequence[PowerReading]:
+        now = self.clock.monotonic_ns()
+        self.clock.advance(0.0005)
+        grid = 20 * MS
+        newest = (now - 15 * MS) // grid
+        return [
+            PowerReading(device_id, k * grid, WATTS) for k in range(newest - 118, newest + 1) if k * grid > since_ns
+        ]
+
+
 class Dates:
     """A sink that keeps when each figure is said to have been true."""
 
     def __init__(self) -> None:
         self.dated: list[tuple[int, float]] = []
+        self.between: list[tuple[int, float]] = []
 
     def counter(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         self.dated.append((t_ns, joules))
+
+    def shaped(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
+        self.between.append((t_ns, joules))
 
     def gauge(self, device_id: str, t_ns: int, watts: float) -> None: ...
 
@@ -84,9 +101,9 @@ class Dates:
 class Run:
     """Three seconds of idleness, then work for ``seconds``."""
 
-    def __init__(self, phase_ms: float, seconds: float, **more: float) -> None:
+    def __init__(self, phase_ms: float, seconds: float, kind: type[H200] = H200, **more: float) -> None:
         self.clock = ManualClock()
-        self.source = H200(self.clock, phase_ms, **more)
+        self.source = kind(self.clock, phase_ms, **more)
         self.sink = Dates()
         self.sampler = Sampler([self.source], self.sink, self.clock, thread_time_ns=self.clock.monotonic_ns)
         late = random.Random(round(phase_ms))
@@ -122,14 +139,3 @@ class Run:
         since = self.work_ns + after_s * S
         took = sum(b - a for a, b in self.source.reads if a > since)
         return took / (self.clock.monotonic_ns() - since)
-
-
-if __name__ == "__main__":
-    for more in ({}, {"cost": 0.01}, {"cost": 0.3}, {"cost": 1.5}, {"period_ms": 103.0}, {"period_ms": 80.0}):
-        runs = [Run(phase, 40.0, **more) for phase in range(0, 100, 5)]
-        last = sorted(max(r.unlocked, default=0.0) for r in runs)
-        errors = sorted(e for r in runs for e in r.dating_errors_ms(5.0))
-        n = len(errors)
-        print(more, "locked for good after", [round(x, 1) for x in last[::4]], round(last[-2], 1), round(last[-1], 1))
-        print("   err p1 p5 p50 p95 p99", [round(errors[int(n * q)], 1) for q in (0.01, 0.05, 0.5, 0.95, 0.99)],
-              "cpu %", round(100 * sum(r.cpu_part(5.0) for r in runs) / 20, 2), "most", max(r.most_reads_in_2_s() for r in runs))
