@@ -77,13 +77,13 @@ class Track:
     def alive(self) -> tuple[str, ...]:
         return tuple(device for device in self.known if device not in self.gone)
 
-    def steps(self, spacing_ns: int) -> int:
+    def steps(self, period_ns: int = _DEFAULT_PERIOD_NS) -> int:
         """Every how many steps the counters are read: a dear one is read less often where its history tells what was between."""
         cost_ns = sum(cost.usual_ns for device, cost in self.costs.items() if device not in self.gone)
         if cost_ns < DEAR_NS or self.history is None:
             return 1
         fewest, most = DEAR_STEPS
-        return min(most, max(fewest, math.ceil(cost_ns / (DEAR_SHARE * spacing_ns))))
+        return min(most, max(fewest, math.ceil(cost_ns / (DEAR_SHARE * period_ns))))
 
     def follows(self) -> bool:
         """Whether its reads follow the steps of a counter, so that their time is not free."""
@@ -121,9 +121,9 @@ class Track:
         lock = self.lock()
         locked = lock is not None and lock.state == "locked"
         period_ns = ns(lock.period_s or 0.0) if lock is not None and locked else _DEFAULT_PERIOD_NS
-        steps = self.steps(max(period_ns, spacing_ns))
+        steps = self.steps(period_ns)
         if steps > 1:
-            spacing_ns = steps * max(period_ns, spacing_ns)
+            spacing_ns = max(spacing_ns, steps * period_ns)
         recent = [t_ns for t_ns in self.reads if t_ns > last - WINDOW_NS]
         # A burst has spent part of the budget: what is left is spread until its first read leaves the window.
         rest_ns = (recent[0] + WINDOW_NS - last) // (WINDOW_READS - len(recent) + 1)

@@ -126,7 +126,7 @@ class PhaseLock:
         latest_ns = max(began_ns, ended_ns - waited_ns)
         if self.state == "seek":
             # Only reads close to each other can tell a counter that moves all the time: a gap of a period always shows a move.
-            dense = began_ns - before[1] <= SEEK_NS * 3 // 2
+            dense = began_ns - before[1] < FREE_PERIOD_NS
             self._sure_ns = ended_ns
             self._seek(before[0], latest_ns, ended_ns, moved, moved_before, dense)
             return
@@ -188,6 +188,7 @@ class PhaseLock:
             if self._reads == 0 and burst_ns > last_ns + _SPARSE_NS:
                 return max(earliest_ns, last_ns + _SPARSE_NS)
             if self._reads < SEEK_READS:
+                self._asked = True
                 # Between two steps whose distance is roughly known there is nothing to see.
                 return max(last_ns + SEEK_NS, round(self._low + self._short) - 2 * NS_PER_MS, learn_ns)
             if earliest_ns - self._burst_ns >= _RELEARN_NS:
@@ -229,7 +230,7 @@ class PhaseLock:
 
     def _begin(self) -> None:
         self._reads = self._runs = 0
-        self._follow = False
+        self._follow = self._asked = False
         self._low = self._high = self._previous_high = 0.0
         self._short = self._long = 0.0
         self._index = 0
@@ -244,7 +245,8 @@ class PhaseLock:
         self._sought_ns = ended_ns
         if self._reads == 0:
             self._burst_ns = ended_ns
-        self._reads += dense  # those while nobody is at work are none of the burst
+        self._reads += dense or self._asked  # those while nobody is at work are none of the burst
+        self._asked = False
         if not moved:
             return
         if moved_before:  # no pause between two moves: there may have been more steps than seen

@@ -317,7 +317,7 @@ class Sampler:
 
     def _recall(self, track: Track, now_ns: int) -> None:
         """Ask for the power since the last reading of counters that are too dear to be read at every step."""
-        if track.history is None or track.steps(self._spacing_ns) == 1:
+        if track.history is None or track.steps() == 1:
             return
         for device in track.alive():
             shape = track.shapes[device]
