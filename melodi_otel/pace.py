@@ -129,9 +129,10 @@ class Track:
         rest_ns = (recent[0] + WINDOW_NS - last) // (WINDOW_READS - len(recent) + 1)
         # The window bounds the mean; a single gap may be a little shorter, or reads could never move to an earlier phase.
         least_ns = spacing_ns * 9 // 10 if spacing_ns * WINDOW_READS <= WINDOW_NS else spacing_ns
-        if steps > 1 and locked:
-            least_ns = spacing_ns - period_ns // 2
         earliest = max(last + max(least_ns, rest_ns), self.allowed_ns())
+        if steps > 1 and locked and lock is not None:
+            # Counted from the last new figure: a look that came too early for one must not make the next one late.
+            earliest = max(lock.moved_ns + spacing_ns - period_ns // 2, last + rest_ns, self.allowed_ns())
         if lock is None:
             return earliest
         if not locked:

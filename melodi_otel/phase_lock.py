@@ -64,6 +64,7 @@ class PhaseLock:
 
     Attributes:
         state: ``seek``, ``locked``, or ``free`` where the counter is followed by nobody (now, or for good).
+        moved_ns: when a read last showed a new figure.
         dear: a read costs more than :data:`DEAR_NS`; whoever measures that sets it.
     """
 
@@ -75,6 +76,7 @@ class PhaseLock:
         self._early = 0
         self._known: tuple[float, float] | None = None
         self.dear = False
+        self.moved_ns = 0
         self.state: State = "seek"
         self._begin()
         if period_s is not None and period_s * 1e9 <= FREE_PERIOD_NS:
@@ -121,6 +123,7 @@ class PhaseLock:
         """
         before, self._last = self._last, (began_ns, ended_ns)
         moved_before, self._moved = self._moved, moved
+        self.moved_ns = ended_ns if moved else self.moved_ns
         if before is None or self.state == "free":
             return
         latest_ns = max(began_ns, ended_ns - waited_ns)
@@ -152,6 +155,7 @@ class PhaseLock:
         elif began_ns < self._high:
             self._early = 0
             self._low = float(began_ns)
+            self._note()
         else:
             self._violations += 1
             self._low, self._high = float(began_ns), ended_ns + 2 * max(self._high - self._low, float(_NARROW_NS))
@@ -289,8 +293,9 @@ class PhaseLock:
             middle = (self._short + self._long) / 2
             self._short, self._long = middle * (1 - 4 * _DRIFT), middle * (1 + 4 * _DRIFT)
             self._notes.clear()
-        if self._high - self._low <= 2 * _NARROW_NS:
-            self._notes = [note for note in self._notes if note[2] - note[1] <= 2 * _NARROW_NS]
+        enough_ns = 2 * (_DEAR_NARROW_NS if self.dear else _NARROW_NS)
+        if self._high - self._low <= enough_ns:
+            self._notes = [note for note in self._notes if note[2] - note[1] <= enough_ns]
         if not self._notes or self._index - self._notes[-1][0] >= every:
             self._notes.append((self._index, self._low, self._high))
             if len(self._notes) > _NOTES:
