@@ -137,7 +137,8 @@ class Track:
             return earliest
         if not locked:
             earliest = max(earliest, last + spacing_ns)
-        learn_ns, narrow_ns = self.allowed_ns(LEARNING_RESERVE), self.allowed_ns(NARROWING_RESERVE)
+        learn_ns = self.allowed_ns(LEARNING_RESERVE)
+        narrow_ns = self.allowed_ns(NARROWING_RESERVE) if lock.dear else learn_ns
         burst_ns = self.allowed_ns(LEARNING_RESERVE + BURST_READS)
         return max(last + 1, lock.next_read(earliest, burst_ns, learn_ns, narrow_ns, self.allowed_ns()))
 

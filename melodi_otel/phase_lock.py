@@ -220,7 +220,7 @@ class PhaseLock:
             if self._sure_ns >= self._previous_high:
                 middle = math.ceil((self._low + self._high) / 2)
                 # While the period is the lesser known of both, one look into each step brings more than two into one.
-                looked = last_ns >= self._low and spread > narrow_ns / 2
+                looked = patient and last_ns >= self._low
                 at = middle if width > narrow_ns and last_ns < middle and not looked else behind
                 if at == middle < first_ns and width > 2 * narrow_ns and not skipped:
                     # The budget ends behind the middle, period after period: one step left out makes room to look there.

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, Baseline
+from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, WINDOW_S, Baseline
 from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
@@ -100,15 +100,19 @@ class Account:
 
     def learn(self, interval: Interval, loading: bool, foreign: float) -> None:
         """Let an interval without work teach the idle power."""
-        watts = interval.watts
-        if watts is None or loading or foreign > 0.0:
+        if interval.joules is None or loading or foreign > 0.0:
+            return
+        seconds = (interval.t1_ns - interval.t0_ns) / 1e9
+        # The first one after a start or a gap begins at a reading of which nobody knows how old its figure is.
+        first = interval.t0_ns == self.timeline.first_ns or (self.lost and interval.t0_ns == self.lost[-1][1])
+        if first and seconds < WINDOW_S:
             return
         if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
             return
         cores = self.cpu.busy_cores(interval.t0_ns, interval.t1_ns)
         if cores is not None and cores > QUIET_CORES:
             return
-        self.baseline.observe(watts)
+        self.baseline.observe(seconds, interval.joules)
 
     def worked(self, ends: Iterable[int]) -> None:
         """Work ended at these times."""
