@@ -108,6 +108,10 @@ class Track:
         self.lead = min(locked, key=lambda lead: _staleness(lead, locked, self.reads[-1]))
         return self.lead
 
+    def clear_ns(self, t_ns: int) -> int:
+        """The first time from ``t_ns`` on at which the counter that is followed is not just stepping."""
+        return self.lead.clear_ns(t_ns) if self.lead is not None else t_ns
+
     def allowed_ns(self, reserve: int = 0) -> int:
         """The first moment at which the budget has room for one more read beside ``reserve`` others."""
         limit = WINDOW_READS - reserve

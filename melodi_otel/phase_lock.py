@@ -36,9 +36,10 @@ _BEHIND_NS: Final = 1 * NS_PER_MS
 DEAR_NS: Final = 1 * NS_PER_MS
 """CPU time from which on a read counts as dear: ten of them a second are 1 % of a core."""
 _DEAR_BEHIND_NS: Final = 20 * NS_PER_MS
+_DEAR_BEFORE_NS: Final = 4 * NS_PER_MS
 _DEAR_NARROW_NS: Final = 10 * NS_PER_MS
 """Narrowing costs a dear read that may meet the update: half of this is as well as a figure can be dated for a fair price."""
-_LATE_NS: Final = 5 * NS_PER_MS
+LATE_NS: Final = 5 * NS_PER_MS
 _KNOWING: Final = 0.8
 _AMBIGUOUS: Final = 0.95
 """A bracket wider than this part of a period no longer tells which step was seen; one of :data:`_KNOWING` is a beginning."""
@@ -108,6 +109,23 @@ class PhaseLock:
         if self.state == "seek" and self._shown_ns == t_ns and self._high - self._low <= 2 * SEEK_NS:
             return round((self._low + self._high) / 2)
         return None
+
+    def clear_ns(self, t_ns: int) -> int:
+        """The first time from ``t_ns`` on at which a read can be dated: not where the counter may just be stepping.
+
+        There nobody can tell whether a figure is a moment or a period old, and a dear read would wait.
+        """
+        if self.state != "locked":
+            return t_ns
+        before_ns, behind_ns = (_DEAR_BEFORE_NS, _DEAR_BEHIND_NS) if self.dear else (0, _BEHIND_NS)
+        low, high = self._low, self._high
+        while high - low < _AMBIGUOUS * self._short:
+            if t_ns < low - before_ns:
+                return t_ns
+            if t_ns < high + behind_ns:
+                return math.ceil(high) + behind_ns
+            low, high = self._following(low, high)
+        return t_ns
 
     def seen(self, began_ns: int, ended_ns: int, moved: bool, waited_ns: int = 0) -> None:
         """A read that took from ``began_ns`` to ``ended_ns``.
@@ -214,7 +232,7 @@ class PhaseLock:
             first_ns = min(earliest_ns, allowed_ns if follow else narrow_allowed_ns) if eager else earliest_ns
             behind = math.ceil(self._high) + behind_ns
             # A budget that ends a moment after the step: a little late beats a period later.
-            if behind + _LATE_NS < max(first_ns, last_ns + 1):
+            if behind + LATE_NS < max(first_ns, last_ns + 1):
                 self._step()
                 continue
             if self._sure_ns >= self._previous_high:
@@ -243,9 +261,7 @@ class PhaseLock:
         self._early = self._violations = 0
         self._notes: list[tuple[int, float, float]] = []
 
-    def _seek(
-        self, began_ns: int, latest_ns: int, ended_ns: int, moved: bool, moved_before: bool, dense: bool
-    ) -> None:
+    def _seek(self, began_ns: int, latest_ns: int, ended_ns: int, moved: bool, moved_before: bool, dense: bool) -> None:
         self._sought_ns = ended_ns
         if self._reads == 0:
             self._burst_ns = ended_ns
@@ -308,5 +324,7 @@ class PhaseLock:
     def _step(self) -> None:
         self._index += 1
         self._previous_high = self._high
-        self._low += self._short * (1 - _DRIFT)
-        self._high += self._long * (1 + _DRIFT)
+        self._low, self._high = self._following(self._low, self._high)
+
+    def _following(self, low: float, high: float) -> tuple[float, float]:
+        return low + self._short * (1 - _DRIFT), high + self._long * (1 + _DRIFT)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Final
 
 from melodi_otel.sources.base import PowerReading
@@ -74,7 +75,7 @@ class PowerShape:
         if count < 2 or first < 0:
             return []
         times, watts = self._times[first:], self._watts[first:]
-        if t1 - times[-1] > _GAP_NS or any(b - a > _GAP_NS for a, b in zip(times, times[1:], strict=False)):
+        if t1 - times[-1] > _GAP_NS or any(b - a > _GAP_NS for a, b in pairwise(times)):
             return []
         times.append(max(t1, times[-1]) + 1)
         watts.append(watts[-1])

@@ -30,7 +30,7 @@ from typing import Final, Protocol
 from melodi_otel.clock import Clock
 from melodi_otel.errors import Gone, Refused, Transient
 from melodi_otel.pace import WINDOW_READS, Track
-from melodi_otel.phase_lock import DEAR_NS
+from melodi_otel.phase_lock import DEAR_NS, LATE_NS
 from melodi_otel.sources.base import (
     CounterReading,
     GpuState,
@@ -211,8 +211,12 @@ class Sampler:
             urgent, self._urgent = self._urgent, False
             started = self._thread_time_ns()
             for track in self._tracks:
+                now_ns = self._clock.monotonic_ns()
                 due_ns = track.allowed_ns() if urgent else track.due_ns
-                if track.alive() and self._clock.monotonic_ns() >= due_ns:
+                if urgent or now_ns - due_ns > LATE_NS:
+                    # Not at the time that was meant: a moment later where the counter is just stepping.
+                    due_ns = track.clear_ns(max(due_ns, now_ns)) if track.reads else due_ns
+                if track.alive() and now_ns >= due_ns:
                     moved += [self._round(track)]
             if moved:
                 spent = (self._thread_time_ns() - started) / NS_PER_S
@@ -415,10 +419,11 @@ class Sampler:
         if not track.reads:
             return now_ns
         if self._active(now_ns):
-            return track.next_active(self._spacing_ns, self._idle_ns)
+            due_ns = track.next_active(self._spacing_ns, self._idle_ns)
+            return due_ns if due_ns >= now_ns - LATE_NS else track.clear_ns(now_ns)
         idle_ns = now_ns - self._closed_ns
         asleep = track.only_gpu and idle_ns > self._sleep_after_ns
-        return track.reads[-1] + (self._asleep_ns if asleep else self._idle_ns)
+        return track.clear_ns(track.reads[-1] + (self._asleep_ns if asleep else self._idle_ns))
 
     def _once(self, kind: str, text: str, *, exc_info: bool = False) -> None:
         if kind not in self._said:

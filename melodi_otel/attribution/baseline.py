@@ -1,12 +1,12 @@
 """Idle power of a device: given, or learnt while no request runs (with the model loaded: a context alone costs tens of W).
 
-One interval says little: a counter moves in steps, and an interval that begins just behind a step and ends just behind the
-next but one may be 1.1 periods long and hold two steps. So quiet intervals are summed up to windows, joules by seconds, and what is
-believed is the middle of the latest windows::
+One interval says little: a counter moves in steps, and an interval that begins just before a step and ends just behind the
+next may be 1.1 periods long and hold two steps. So quiet intervals are summed up to windows, joules by seconds, and what
+is believed is the middle of the latest windows::
 
     intervals   |100 ms 12.3 J|102 ms 24.6 J|100 ms 12.3 J|…      123, 241, 123 W …: each by itself wrong by up to twice
     windows     |------------------ 1.0 s ------------------|     one step too many in ten: 10 %
-    learnt      mean of the middle half of the last 9 windows     the window with the stray step is left out
+    learnt      mean of the middle half of the last 5 windows     the window with the stray step is left out
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUIET_S: Final = 1.2
 """No work for this long before an interval, or its power may be the tail of the last request."""
 WINDOW_S: Final = 1.0
 """Quiet seconds that make a window: a step of a 100 ms counter is 10 % of it."""
-WINDOWS: Final = 9
+WINDOWS: Final = 5
 """Windows that are remembered: idle power drifts with the temperature, by 2 % within a minute and a half on an H200."""
 QUIET_CORES: Final = 0.15
 """Busy cores of the host below which a CPU counts as idle."""

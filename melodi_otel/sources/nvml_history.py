@@ -9,7 +9,14 @@ from melodi_otel.clock import Clock
 from melodi_otel.errors import Refused, Transient
 from melodi_otel.sources.base import PowerReading
 from melodi_otel.sources.nvml_board import Board
-from melodi_otel.sources.nvml_library import FUNCTION_NOT_FOUND, NO_PERMISSION, NOT_FOUND, NOT_SUPPORTED, NvmlApi, code_of
+from melodi_otel.sources.nvml_library import (
+    FUNCTION_NOT_FOUND,
+    NO_PERMISSION,
+    NOT_FOUND,
+    NOT_SUPPORTED,
+    NvmlApi,
+    code_of,
+)
 from melodi_otel.units import NS_PER_MS, NS_PER_S, milliwatts
 
 __all__ = ["power_history"]
@@ -41,7 +48,9 @@ def power_history(api: NvmlApi, board: Board, clock: Clock, since_ns: int) -> li
         if code_of(error) == NOT_FOUND:
             return []
         if code_of(error) in _NEVER:
-            raise Refused(f"the driver does not tell the history of the power: {error}", state="not_supported") from error
+            raise Refused(
+                f"the driver does not tell the history of the power: {error}", state="not_supported"
+            ) from error
         raise Transient(f"the power history of {board.device.id} was not told: {error}") from error
     member = _MEMBER.get(int(kind))
     if member is None:

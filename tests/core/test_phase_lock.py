@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -17,13 +18,23 @@ GPU = Device("GPU-1", "gpu")
 S, MS = 1_000_000_000, 1_000_000
 WATTS = 130.0
 
-COSTS = ((0.0, 3.3), (1.0, 4.0), (2.0, 15.0), (4.0, 13.3), (6.0, 11.3), (8.0, 9.5), (10.0, 7.5), (12.0, 5.8), (17.0, 3.4))
+COSTS = (
+    (0.0, 3.3),
+    (1.0, 4.0),
+    (2.0, 15.0),
+    (4.0, 13.3),
+    (6.0, 11.3),
+    (8.0, 9.5),
+    (10.0, 7.5),
+    (12.0, 5.8),
+    (17.0, 3.4),
+)
 """(ms between the step and the beginning of a read, ms that the read takes); before the next step as at first."""
 
 
 def cost_ms(behind_ms: float) -> float:
     """What a read costs that begins so long after the step."""
-    for (at, cost), (after, following) in zip(COSTS, COSTS[1:], strict=False):
+    for (at, cost), (after, following) in pairwise(COSTS):
         if at <= behind_ms < after:
             return cost + (following - cost) * (behind_ms - at) / (after - at)
     return COSTS[-1][1]
@@ -165,7 +176,9 @@ def test_dear_reads_find_the_phase_and_keep_it(kind: type[H200]) -> None:
 
 
 @pytest.mark.parametrize("kind", [H200, Remembering])
-@pytest.mark.parametrize("more", [{"cost": 0.003}, {"cost": 0.3}, {"cost": 1.5}, {"period_ms": 80.0}, {"period_ms": 103.0}])
+@pytest.mark.parametrize(
+    "more", [{"cost": 0.003}, {"cost": 0.3}, {"cost": 1.5}, {"period_ms": 80.0}, {"period_ms": 103.0}]
+)
 def test_other_costs_and_periods_too(kind: type[H200], more: dict[str, float]) -> None:
     """Reads from 10 µs to 5 ms, steps of 80 and 103 ms: at least 19 of 20 phases are locked for good within 3 s."""
     runs = [Run(phase_ms, 20.0, kind, **more) for phase_ms in PHASES]
@@ -205,7 +218,7 @@ def test_the_history_tells_the_steps_between() -> None:
     since = remembering.work_ns + 3 * S
     assert sum(t > since for t, _ in remembering.sink.between) > 150
     shown = remembering.sink.dated
-    anchors = shown[:1] + [b for a, b in zip(shown, shown[1:], strict=False) if b[1] != a[1]]
+    anchors = shown[:1] + [b for a, b in pairwise(shown) if b[1] != a[1]]
     for t_ns, joules in remembering.sink.between:
         i = bisect_left(anchors, (t_ns, 0.0))
         (t0, j0), (t1, j1) = anchors[i - 1], anchors[i]
@@ -225,3 +238,25 @@ def test_cheap_reads_fall_just_behind_the_step() -> None:
     begun = [began for began, _ in run.source.reads if began > run.work_ns + 5 * S]
     behind = [(t - run.source.steps[bisect_left(run.source.steps, t) - 1]) / MS for t in begun]
     assert sum(ms < 12.0 for ms in behind) >= 0.85 * len(behind)
+
+
+@pytest.mark.parametrize("cost", [1.0, 0.003])
+def test_the_read_at_an_open_waits_until_the_step_is_over(cost: float) -> None:
+    """Who begins to work just at a step is not dated a period wrong: the read is put off by 50 ms at most."""
+    for offset_ms in range(-30, 31, 3):
+        run = Run(35.0, 8.0, Remembering, cost=cost)
+        clock, sampler, source = run.clock, run.sampler, run.source
+        sampler.activity(0, clock.monotonic_ns())
+        idle_until = clock.monotonic_ns() + 5 * S
+        while clock.monotonic_ns() < idle_until:
+            clock.advance(min(sampler.tick(), 0.05) + 1e-6)
+        step = source.steps[bisect_left(source.steps, clock.monotonic_ns() + 100 * MS)]
+        while (left := step + offset_ms * MS - clock.monotonic_ns()) > 0:
+            clock.advance(min(sampler.tick() + 1e-6, left / S))
+        opened, reads, dated = clock.monotonic_ns(), len(source.reads), len(run.sink.dated)
+        sampler.activity(1, opened)
+        while len(run.sink.dated) == dated:
+            clock.advance(min(sampler.tick(), 0.05) + 1e-6)
+        t_ns, joules = run.sink.dated[dated]
+        assert abs(t_ns - source.steps[round(joules / (WATTS * 0.1)) - 1]) < 15 * MS, offset_ms
+        assert source.reads[reads][0] - opened <= 50 * MS, offset_ms
