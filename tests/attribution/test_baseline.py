@@ -65,7 +65,7 @@ def test_a_given_one_is_not_learnt() -> None:
 
 
 def test_recorded_intervals_dated_by_the_reading() -> None:
-    """Without the phase: 120.7 W within 1 %, then 123.2 W, with a stray step, within 2.5 %; their plain means are 122 and 136 W."""
+    """Without the phase: 120.7 W within 1 %, then 123.2 W, with a stray step, within 2.5 %; plain means: 122 and 136 W."""
     baseline = Baseline(None)
     assert learnt(RECORDED_1[1:], baseline) == pytest.approx(120.7, rel=0.01)
     assert learnt(RECORDED_2, baseline) == pytest.approx(123.2, rel=0.025)

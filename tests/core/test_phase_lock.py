@@ -10,6 +10,8 @@ from itertools import pairwise
 import pytest
 
 from melodi_otel.devices import Device
+from melodi_otel.errors import Refused
+from melodi_otel.pace import ReadCost, Track
 from melodi_otel.sampler import Sampler
 from melodi_otel.sources.base import CounterReading, PowerReading
 from melodi_otel.testing.clock import ManualClock
@@ -260,3 +262,53 @@ def test_the_read_at_an_open_waits_until_the_step_is_over(cost: float) -> None:
         t_ns, joules = run.sink.dated[dated]
         assert abs(t_ns - source.steps[round(joules / (WATTS * 0.1)) - 1]) < 15 * MS, offset_ms
         assert source.reads[reads][0] - opened <= 50 * MS, offset_ms
+
+
+def test_without_a_history_every_step_is_read() -> None:
+    """A driver that refuses is asked once; from then on a dear counter is read at every step."""
+
+    class Refusing(Remembering):
+        asked = 0
+
+        def history(self, device_id: str, since_ns: int) -> Sequence[PowerReading]:
+            Refusing.asked += 1
+            raise Refused("not told", state="not_supported")
+
+    run = Run(35.0, 20.0, Refusing)
+    begun = [began for began, _ in run.source.reads if began > run.work_ns + 10 * S]
+    assert Refusing.asked == 1
+    assert 90 <= len(begun) <= 101
+
+
+def test_a_history_that_fails_costs_no_reading(caplog: pytest.LogCaptureFixture) -> None:
+    """The counter is read all the same, nothing is told in between, and it is said once."""
+
+    class Failing(Remembering):
+        def history(self, device_id: str, since_ns: int) -> Sequence[PowerReading]:
+            raise RuntimeError("broken")
+
+    run = Run(35.0, 20.0, Failing)
+    assert run.sink.between == []
+    assert len(run.sink.dated) > 60
+    assert run.sampler.cost.failures == 0
+    assert len([r for r in caplog.records if "no power history" in r.message]) == 1
+
+
+def test_what_a_read_costs() -> None:
+    """Dear is what reads usually cost; one that took over twice as long has waited for the rest."""
+    cost = ReadCost()
+    assert [cost.note(3_300_000) for _ in range(4)] == [0, 0, 0, 0]
+    assert cost.note(15_000_000) == 11_700_000
+    assert cost.usual_ns == 3_300_000
+    cheap = ReadCost()
+    assert [cheap.note(ns) for ns in (10_000, 10_000, 10_000, 90_000)] == [0, 0, 0, 0]
+
+
+def test_eight_dear_gpus_are_read_once_a_second() -> None:
+    """26 ms a round: however dear the counters are, joules are final within ten steps."""
+    track = Track(Remembering(ManualClock(), 35.0))
+    assert track.steps() == 1
+    for cost_ns, steps in ((900_000, 1), (3_400_000, 3), (6_000_000, 4), (26_400_000, 10)):
+        track.costs[GPU.id] = ReadCost()
+        track.costs[GPU.id].note(cost_ns)
+        assert track.steps() == steps
