@@ -39,6 +39,12 @@ class Baseline:
         self._windows: deque[float] = deque(maxlen=WINDOWS)
         self.watts = given
 
+    def resume(self, watts: float) -> None:
+        """Go on from what another process has learnt; a given figure stays."""
+        if not self._given:
+            self._windows.extend([watts] * WINDOWS)
+            self.watts = watts
+
     def observe(self, seconds: float, joules: float) -> None:
         """A quiet interval of this length used so much."""
         if self._given or seconds <= 0.0:

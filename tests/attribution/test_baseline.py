@@ -59,9 +59,20 @@ def test_it_follows_the_temperature() -> None:
     assert learnt([(1000, 130.0)] * 5, baseline) == pytest.approx(130.0)
 
 
+def test_it_goes_on_from_what_another_learnt() -> None:
+    """123 W of the process before, then 130 W: believed when three of the last five windows say so."""
+    baseline = Baseline(None)
+    baseline.resume(123.0)
+    assert baseline.watts == 123.0
+    assert learnt([(1000, 130.0)], baseline) == pytest.approx(123.0)
+    assert learnt([(1000, 130.0)] * 3, baseline) == pytest.approx(130.0)
+
+
 def test_a_given_one_is_not_learnt() -> None:
     """Idle power by configuration stays."""
-    assert learnt([(1000, 300.0)], Baseline(50.0)) == 50.0
+    given = Baseline(50.0)
+    given.resume(80.0)
+    assert learnt([(1000, 300.0)], given) == 50.0
 
 
 def test_recorded_intervals_dated_by_the_reading() -> None:
