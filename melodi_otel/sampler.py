@@ -341,6 +341,8 @@ class Sampler:
                 track.history = None
                 log.debug("%s: %s; counters are read at every step", track.source.name, refused.reason)
                 return
+            except Transient as error:
+                log.debug("%s: %s; nothing is told between two readings", track.source.name, error)
             except Exception:
                 self._once(f"{track.source.name} history", f"{track.source.name}: no power history", exc_info=True)
 

@@ -11,6 +11,7 @@ from melodi_otel.sources.base import PowerReading
 from melodi_otel.sources.nvml_board import Board
 from melodi_otel.sources.nvml_library import (
     FUNCTION_NOT_FOUND,
+    INSUFFICIENT_SIZE,
     NO_PERMISSION,
     NOT_FOUND,
     NOT_SUPPORTED,
@@ -42,8 +43,15 @@ def power_history(api: NvmlApi, board: Board, clock: Clock, since_ns: int) -> li
         raise Refused("there is no history of the power that the counter counts", state="not_supported")
     offset_ns = clock.monotonic_ns() - clock.wall_ns()
     now_ns = clock.monotonic_ns()
+    since_us = max(0, (since_ns - offset_ns) // 1000) if since_ns else 0
     try:
-        kind, samples = call(board.handle, _TOTAL_POWER, max(0, (since_ns - offset_ns) // 1000) if since_ns else 0)
+        try:
+            kind, samples = call(board.handle, _TOTAL_POWER, since_us)
+        except api.NVMLError as error:
+            if code_of(error) != INSUFFICIENT_SIZE:
+                raise
+            # The binding asks for the number first, and a value more has come meanwhile: not so 20 ms before the next.
+            kind, samples = call(board.handle, _TOTAL_POWER, since_us)
     except api.NVMLError as error:
         if code_of(error) == NOT_FOUND:
             return []

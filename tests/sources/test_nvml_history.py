@@ -99,6 +99,15 @@ def test_a_history_that_is_not_told(start: Open, code: int, error: type[Exceptio
         source.history(A, 0)
 
 
+def test_a_value_that_comes_between_the_bindings_two_calls(start: Open) -> None:
+    """It asks for the number and then for so many: where one more has come, it is asked again."""
+    fake, source, clock = start(FakeGpu(A))
+    fake.advance(1.0)
+    clock.advance(1.0)
+    fake.fail(CALL, 7, times=1)
+    assert len(source.history(A, 0)) == 50
+
+
 def test_a_history_of_the_gpu_alone_is_not_the_modules(start: Open) -> None:
     """Where the counter covers CPU and memory of the module too, the history is of something else."""
     _, source, _ = start(FakeGpu(A, name="NVIDIA GH200 480GB", module="too"))
