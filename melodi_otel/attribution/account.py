@@ -34,6 +34,7 @@ class Account:
         self.last_work_ns: int | None = None
         self.gone = False
         self.lost: list[tuple[int, int]] = []
+        self.gap_end_ns: int | None = None
         self.leavings = Leavings()
         self.interval_s = device.period_s or 0.1
         self.measured = 0.0
@@ -45,7 +46,10 @@ class Account:
     def collect(self) -> bool:
         """Move newly closed timeline intervals into the queue; whether there were any."""
         before = len(self.waiting)
-        self.waiting.extend(self.timeline.take())
+        for interval in self.timeline.take():
+            self.waiting.append(interval)
+            if interval.joules is None:
+                self.gap_end_ns = interval.t1_ns
         return len(self.waiting) > before
 
     def begin(self) -> None:
@@ -104,8 +108,7 @@ class Account:
             return
         seconds = (interval.t1_ns - interval.t0_ns) / 1e9
         # The first one after a start or a gap begins at a reading of which nobody knows how old its figure is.
-        first = interval.t0_ns == self.timeline.first_ns or (self.lost and interval.t0_ns == self.lost[-1][1])
-        if first and seconds < WINDOW_S:
+        if interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns) and seconds < WINDOW_S:
             return
         if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
             return
