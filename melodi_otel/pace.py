@@ -117,6 +117,15 @@ class Track:
         limit = WINDOW_READS - reserve
         return self.reads[-limit] + WINDOW_NS if len(self.reads) >= limit else 0
 
+    def next_idle(self, gap_ns: int) -> int:
+        """When to read next while nobody is at work: after ``gap_ns``, or earlier where the phase would be lost by then."""
+        due_ns = self.reads[-1] + gap_ns
+        if self.lead is None:
+            return due_ns
+        return max(
+            self.reads[-1] + 1, self.allowed_ns(), self.lead.next_idle(due_ns, self.allowed_ns(NARROWING_RESERVE))
+        )
+
     def next_active(self, spacing_ns: int, idle_ns: int) -> int:
         """When to read next while somebody is at work: reads are at least ``spacing_ns`` apart but for learning ones."""
         last = self.reads[-1]

@@ -47,6 +47,7 @@ _NOTES: Final = 8
 _DRIFT: Final = 5e-4
 """Widening per period on each side, as a part of it: 0.05 ms of 100 ms, well above crystals and driver timers."""
 _EAGER: Final = 0.3
+_IDLE_WIDE: Final = 0.5
 _SPARSE_NS: Final = 350 * NS_PER_MS
 """Distance of reads that save up for a learning burst."""
 _RELEARN_NS: Final = 10_000 * NS_PER_MS
@@ -249,6 +250,21 @@ class PhaseLock:
             # Steps were skipped, so this read cannot tell which one it sees; the one a period later can.
             self._follow = eager
             return max(behind, first_ns)
+
+    def next_idle(self, due_ns: int, allowed_ns: int) -> int:
+        """When to read while nobody is at work: at ``due_ns``, or as often as it takes not to lose the phase meanwhile.
+
+        A period that is known to 1 ms only would be lost after some seconds; two or three reads make it known ten times better.
+        """
+        if self.state != "locked" or self._last is None:
+            return due_ns
+        width, last_ns = self._high - self._low, self._last[1]
+        growth = self._long - self._short + 2 * _DRIFT * self._short
+        steps = (_IDLE_WIDE * self._short - width) / growth
+        wide_ns = max(allowed_ns, last_ns + round(max(0.0, steps) * self._short))
+        if due_ns <= wide_ns:
+            return self.clear_ns(due_ns)
+        return self.next_read(wide_ns, wide_ns, wide_ns, allowed_ns, allowed_ns)
 
     def _begin(self) -> None:
         self._reads = self._runs = 0

@@ -433,7 +433,8 @@ class Sampler:
             return due_ns if due_ns >= now_ns - LATE_NS else track.clear_ns(now_ns)
         idle_ns = now_ns - self._closed_ns
         asleep = track.only_gpu and idle_ns > self._sleep_after_ns
-        return track.clear_ns(track.reads[-1] + (self._asleep_ns if asleep else self._idle_ns))
+        # A GPU that sleeps is left alone, whatever becomes of the phase.
+        return track.clear_ns(track.reads[-1] + self._asleep_ns) if asleep else track.next_idle(self._idle_ns)
 
     def _once(self, kind: str, text: str, *, exc_info: bool = False) -> None:
         if kind not in self._said:

@@ -60,7 +60,7 @@ def test_it_follows_the_temperature() -> None:
 
 
 def test_it_goes_on_from_what_another_learnt() -> None:
-    """123 W of the process before, then 130 W: believed when three of the last five windows say so."""
+    """123 W of the process before, then 130 W: believed when four of the last five windows say so."""
     baseline = Baseline(None)
     baseline.resume(123.0)
     assert baseline.watts == 123.0
