@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from melodi_otel.clock import SystemClock
 from melodi_otel.config import Config
@@ -166,6 +166,7 @@ def costs(api: lib.NvmlApi, handle: object, number: int, clock: Time) -> list[Ro
         ("field values, both gauges", lambda: api.nvmlDeviceGetFieldValues(handle, gauges), number),
         ("field values, 3 fields", lambda: api.nvmlDeviceGetFieldValues(handle, three), number),
         ("power usage", lambda: api.nvmlDeviceGetPowerUsage(handle), number),
+        ("power history", lambda: cast(Any, api).nvmlDeviceGetSamples(handle, 0, 0), max(1, number // 10)),
         ("utilisation", lambda: api.nvmlDeviceGetUtilizationRates(handle), number),
         ("memory", lambda: api.nvmlDeviceGetMemoryInfo(handle), number),
         ("compute processes", lambda: api.nvmlDeviceGetComputeRunningProcesses(handle), max(1, number // 10)),
