@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, WINDOW_S, Baseline
+from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, Baseline
 from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
@@ -26,6 +26,7 @@ class Account:
         self.device = device
         self.timeline = Timeline(device.period_s, device.window_s)
         self.waiting: deque[Interval] = deque()
+        self.gap_end_ns: int | None = None
         self.steps: list[Step] = []
         self.cpu = CpuTime()
         self.foreign = Foreign()
@@ -34,7 +35,6 @@ class Account:
         self.last_work_ns: int | None = None
         self.gone = False
         self.lost: list[tuple[int, int]] = []
-        self.gap_end_ns: int | None = None
         self.leavings = Leavings()
         self.interval_s = device.period_s or 0.1
         self.measured = 0.0
@@ -106,16 +106,13 @@ class Account:
         """Let an interval without work teach the idle power."""
         if interval.joules is None or loading or foreign > 0.0:
             return
-        seconds = (interval.t1_ns - interval.t0_ns) / 1e9
-        # The first one after a start or a gap begins at a reading of which nobody knows how old its figure is.
-        if interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns) and seconds < WINDOW_S:
-            return
         if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
             return
         cores = self.cpu.busy_cores(interval.t0_ns, interval.t1_ns)
         if cores is not None and cores > QUIET_CORES:
             return
-        self.baseline.observe(seconds, interval.joules)
+        first = interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns)
+        self.baseline.observe((interval.t1_ns - interval.t0_ns) / 1e9, interval.joules, first)
 
     def worked(self, ends: Iterable[int]) -> None:
         """Work ended at these times."""

@@ -45,9 +45,13 @@ class Baseline:
             self._windows.extend([watts] * WINDOWS)
             self.watts = watts
 
-    def observe(self, seconds: float, joules: float) -> None:
-        """A quiet interval of this length used so much."""
-        if self._given or seconds <= 0.0:
+    def observe(self, seconds: float, joules: float, first: bool = False) -> None:
+        """A quiet interval of this length used so much.
+
+        The ``first`` one after a start or a gap begins at a reading of which nobody knows how old its figure is: it teaches
+        something only where it is as long as a window.
+        """
+        if self._given or seconds <= 0.0 or (first and seconds < WINDOW_S):
             return
         self._seconds += seconds
         self._joules += joules
