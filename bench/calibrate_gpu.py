@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from melodi_otel.clock import SystemClock
 from melodi_otel.config import Config
@@ -158,12 +158,15 @@ def _reader(api: lib.NvmlApi, handle: object, number: int) -> Callable[[], float
 
 def costs(api: lib.NvmlApi, handle: object, number: int, clock: Time) -> list[Row]:
     one = ((lib.TOTAL_ENERGY, lib.SCOPE_GPU),)
-    three = (*one, (lib.POWER_INSTANT, lib.SCOPE_GPU), (lib.POWER_AVERAGE, lib.SCOPE_GPU))
+    gauges = ((lib.POWER_INSTANT, lib.SCOPE_GPU), (lib.POWER_AVERAGE, lib.SCOPE_GPU))
+    three = (*one, *gauges)
     calls: tuple[tuple[str, Callable[[], object], int], ...] = (
         ("total energy", lambda: api.nvmlDeviceGetTotalEnergyConsumption(handle), number),
         ("field values, 1 field", lambda: api.nvmlDeviceGetFieldValues(handle, one), number),
+        ("field values, both gauges", lambda: api.nvmlDeviceGetFieldValues(handle, gauges), number),
         ("field values, 3 fields", lambda: api.nvmlDeviceGetFieldValues(handle, three), number),
         ("power usage", lambda: api.nvmlDeviceGetPowerUsage(handle), number),
+        ("power history", lambda: cast(Any, api).nvmlDeviceGetSamples(handle, 0, 0), max(1, number // 10)),
         ("utilisation", lambda: api.nvmlDeviceGetUtilizationRates(handle), number),
         ("memory", lambda: api.nvmlDeviceGetMemoryInfo(handle), number),
         ("compute processes", lambda: api.nvmlDeviceGetComputeRunningProcesses(handle), max(1, number // 10)),
@@ -247,15 +250,20 @@ def _torch_index(torch: Any, uuid: str) -> int | None:
 
 def _delay_row(torch: Any, weight: Any, device: Any, read_mj: Callable[[], float], clock: Time) -> Row:
     points: list[tuple[float, float]] = []
+    weight @ weight  # the first product of a process loads libraries and kernels; that wait is not the counter's
+    torch.cuda.synchronize(device)
+    clock.sleep(2.0)  # the clocks of the GPU step down again
     start_ns = clock.monotonic_ns()
     last = read_mj()
 
     def watch() -> None:
         nonlocal last
+        # Dated by the start of the read: one that meets the update waits for it, on some boards for 15 ms.
+        t_ns = clock.monotonic_ns()
         value = read_mj()
         if value != last:
             last = value
-            points.append(((clock.monotonic_ns() - start_ns) / 1e9, value / 1000))
+            points.append(((t_ns - start_ns) / 1e9, value / 1000))
 
     while clock.monotonic_ns() - start_ns < 2_000_000_000:
         watch()

@@ -32,6 +32,7 @@ class Account:
         self.device = device
         self.timeline = Timeline(device.period_s, device.window_s)
         self.waiting: deque[Interval] = deque()
+        self.gap_end_ns: int | None = None
         self.steps: list[Step] = []
         self.cpu = CpuTime()
         self.foreign = Foreign()
@@ -52,7 +53,10 @@ class Account:
     def collect(self) -> bool:
         """Move newly closed timeline intervals into the queue; whether there were any."""
         before = len(self.waiting)
-        self.waiting.extend(self.timeline.take())
+        for interval in self.timeline.take():
+            self.waiting.append(interval)
+            if interval.joules is None:
+                self.gap_end_ns = interval.t1_ns
         return len(self.waiting) > before
 
     def begin(self) -> None:
@@ -161,8 +165,7 @@ class Account:
 
     def learn(self, interval: Interval, loading: bool, foreign: float) -> None:
         """Let an interval without work teach the idle power."""
-        watts = interval.watts
-        if watts is None or loading or foreign > 0.0:
+        if interval.joules is None or loading or foreign > 0.0:
             return
         if self.learn_from_ns is not None and interval.t0_ns < self.learn_from_ns:
             return
@@ -173,7 +176,8 @@ class Account:
             return  # somebody read the CPU's time, and not of this interval: it may have been a busy one
         if cores is not None and cores > QUIET_CORES:
             return
-        self.baseline.observe(watts)
+        first = interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns)
+        self.baseline.observe((interval.t1_ns - interval.t0_ns) / 1e9, interval.joules, first)
 
     def worked(self, ends: Iterable[int]) -> None:
         """Work ended at these times."""

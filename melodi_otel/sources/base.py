@@ -26,6 +26,7 @@ __all__ = [
     "DeviceType",
     "Discovery",
     "GpuState",
+    "HistorySource",
     "PowerReading",
     "PowerSource",
     "Refusal",
@@ -102,6 +103,19 @@ class PowerSource(Source, Protocol):
 
     def power(self) -> Sequence[PowerReading]:
         """Readings of the devices that have a gauge, all or nothing; raises as :meth:`CounterSource.counters`."""
+        ...
+
+
+@runtime_checkable
+class HistorySource(Source, Protocol):
+    """A meter whose driver remembers the power of the last seconds."""
+
+    def history(self, device_id: str, since_ns: int) -> Sequence[PowerReading]:
+        """Watts of a device at moments after ``since_ns`` (monotonic), in order, as far back as the driver goes.
+
+        Raises:
+            Refused: the driver does not tell; it need not be asked again.
+        """
         ...
 
 

@@ -30,6 +30,7 @@ UNINITIALIZED: Final = 1
 NOT_SUPPORTED: Final = 3
 NO_PERMISSION: Final = 4
 NOT_FOUND: Final = 6
+INSUFFICIENT_SIZE: Final = 7
 DRIVER_NOT_LOADED: Final = 9
 LIBRARY_NOT_FOUND: Final = 12
 FUNCTION_NOT_FOUND: Final = 13
@@ -125,8 +126,9 @@ def _figure(kind: int, raw: int) -> int | None:
 class FieldCall:
     """``nvmlDeviceGetFieldValues`` for the same fields again and again.
 
-    The binding builds and converts its structures in every call, which is most of the cost of a round; here they are built
-    once. Where the binding does not hand out its function, its own call is used.
+    The binding builds and converts its structures in every call, some tens of µs; here they are built once. That is most of the
+    cost of a round where the driver answers from memory (gauges). It is little beside an H200's counter, for which the driver
+    itself takes 3 ms (docs/accuracy.md). Where the binding does not hand out its function, its own call is used.
 
     Args:
         api: the binding.

@@ -449,6 +449,33 @@ int nvmlDeviceGetPowerUsage(void *handle, unsigned *out) {
 }
 #endif
 
+#ifndef FAKE_WITHOUT_nvmlDeviceGetSamples
+typedef struct { unsigned long long t_us; union { unsigned ui; unsigned long long ull; } value; } power_sample_t;
+
+/* Power of the last 2.4 s, a mean of 20 ms each, stamped with the time of day at its end. */
+int nvmlDeviceGetSamples(void *handle, int kind, unsigned long long since_us, int *type, unsigned *count, power_sample_t *out) {
+    BOARD("nvmlDeviceGetSamples")
+    if (kind != 0 || gpu->module == MODULE_ONLY) return NOT_SUPPORTED;
+    const int64_t grid = 20000000;
+    int64_t last = now_ns() / grid;
+    unsigned room = *count, found = 0;
+    *type = 1;
+    for (int64_t k = last - 118; k <= last; k++) {
+        unsigned long long t_us = (unsigned long long)(state->epoch_us + k * grid / 1000);
+        if (k < 1 || t_us <= since_us) continue;
+        if (out && found < room) {
+            out[found].t_us = t_us;
+            out[found].value.ull = 0;
+            out[found].value.ui = (unsigned)((used(gpu, k * grid, 0) - used(gpu, (k - 1) * grid, 0)) / grid);
+        }
+        found++;
+    }
+    *count = found;
+    if (!found) return NOT_FOUND;
+    return out && room < found ? INSUFFICIENT_SIZE : OK;
+}
+#endif
+
 typedef union { double d; int si; unsigned ui; unsigned long ul; unsigned long long ull; long long sll; unsigned short us; } value_t;
 typedef struct {
     unsigned field, scope;

@@ -201,9 +201,11 @@ def test_idle_power_is_taken_over_and_not_learnt_from_a_gap() -> None:
         made.counter("D", tick * S, joules)
         made.settle(tick * S + S)
     assert watts() == pytest.approx(20.0)
-    made.counter("D", 56 * S, joules + 40.0)
-    made.settle(58 * S)
-    assert watts() == pytest.approx(21.0)  # 20 W + 5 % of the 20 W above it
+    for tick in range(56, 60):
+        joules += 40.0
+        made.counter("D", tick * S, joules)
+        made.settle(tick * S + 2 * S)
+    assert watts() == pytest.approx(40.0)  # four of the last five quiet seconds
 
 
 def test_a_given_idle_power_stays() -> None:

@@ -84,7 +84,7 @@ def test_driver_reload_is_unknown_time(make: Make) -> None:
     energy = rig.energy(future)
     assert energy.quality == "partial"
     assert energy.reason == "counter_reset"
-    assert energy.total == pytest.approx(200.0 * 2.0 * energy.coverage)
+    assert energy.total == pytest.approx(200.0 * 2.0 * energy.coverage, abs=0.002)  # two readings in whole millijoules
     assert 0.9 <= energy.coverage < 0.99
 
 

@@ -144,3 +144,42 @@ def test_the_delay_of_a_counter_is_where_its_lines_cross(calibrate: ModuleType) 
     assert calibrate.counter_delay([(t, shown(t, 0.15)) for t in moves], 2.0) == pytest.approx(0.15, abs=1e-6)
     assert calibrate.counter_delay([(t, 100 * t) for t in moves], 2.0) is None
     assert calibrate.counter_delay([(0.1, 1.0)], 2.0) is None
+
+
+class MadeUpLoad:
+    """A GPU of 100 W whose products take 1 ms at 500 W each; the first one of a process waits 200 ms before it."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.joules = 0.0
+        self.cold = True
+        self.cuda = self
+
+    def monotonic_ns(self) -> int:
+        return self.now_ns
+
+    def sleep(self, seconds: float) -> None:
+        self.spend(seconds, 100.0)
+
+    def spend(self, seconds: float, watts: float) -> None:
+        self.now_ns += round(seconds * 1e9)
+        self.joules += seconds * watts
+
+    def __matmul__(self, _other: object) -> None:
+        if self.cold:
+            self.spend(0.2, 100.0)
+            self.cold = False
+        self.spend(0.001, 500.0)
+
+    def synchronize(self, _device: object) -> None:
+        pass
+
+    def read_mj(self) -> float:
+        return self.joules * 1000
+
+
+def test_the_first_product_of_a_process_is_not_the_counters_delay(calibrate: ModuleType) -> None:
+    """A counter without delay is found to have none, however long the libraries take to load."""
+    load = MadeUpLoad()
+    row = calibrate._delay_row(load, load, None, load.read_mj, load)
+    assert row.value == pytest.approx(0.0, abs=1.0)
