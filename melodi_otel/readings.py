@@ -49,6 +49,14 @@ class Readings:
     def counter(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         """Cumulative joules; also the mean power since the last change, where no gauge shows it."""
         self._ledger.counter(device_id, t_ns, joules, range_j)
+        self._shown(device_id, t_ns, joules, range_j)
+
+    def shaped(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
+        """A point between two readings, placed by the driver's power history; the sums stay the counter's."""
+        self._ledger.counter(device_id, t_ns, joules, range_j, shaped=True)
+        self._shown(device_id, t_ns, joules, range_j)
+
+    def _shown(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         self._alive(device_id, t_ns)
         if device_id in self._gauged:
             return

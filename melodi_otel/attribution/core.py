@@ -81,7 +81,7 @@ class Core:
     def slice_of(self, part: str, device: str) -> None:
         self.slices[part] = device
 
-    def counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
+    def counter(self, device: str, t_ns: int, joules: float, range_j: float | None, shaped: bool = False) -> None:
         account = self._account(device)
         if account is not None:
             account.timeline.counter(t_ns, joules, range_j)

@@ -120,9 +120,11 @@ class Ledger:
         """
         self._inbox.append((self._core.slice_of, (part, device)))
 
-    def counter(self, device: str, t_ns: int, joules: float, range_j: float | None = None) -> None:
-        """A cumulative reading in J."""
-        self._inbox.append((self._core.counter, (device, t_ns, joules, range_j)))
+    def counter(
+        self, device: str, t_ns: int, joules: float, range_j: float | None = None, *, shaped: bool = False
+    ) -> None:
+        """A cumulative reading in J; ``shaped``: a point between two readings, placed by the history of a gauge."""
+        self._inbox.append((self._core.counter, (device, t_ns, joules, range_j, shaped)))
 
     def gauge(self, device: str, t_ns: int, watts: float) -> None:
         """A power reading in W."""

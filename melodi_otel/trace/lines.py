@@ -53,12 +53,16 @@ class EngineLine(msgspec.Struct, tag="engine", tag_field="kind", omit_defaults=T
 
 
 class SampleLine(msgspec.Struct, tag="sample", tag_field="kind", omit_defaults=True):
-    """A reading: cumulative ``joules`` of a counter, ``watts`` of a gauge; with both the counter wins."""
+    """A reading: cumulative ``joules`` of a counter, ``watts`` of a gauge; with both the counter wins.
+
+    ``shaped``: ``joules`` is no reading but a point between two, placed by the history of a gauge.
+    """
 
     t: float
     device: str
     joules: float | None = None
     watts: float | None = None
+    shaped: bool = False
 
 
 NO_ENGINE: Final = ""

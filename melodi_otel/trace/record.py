@@ -139,7 +139,7 @@ class Recorder:
             )
         )
 
-    def _counter(self, device: str, t_ns: int, joules: float, range_j: float | None) -> None:
+    def _counter(self, device: str, t_ns: int, joules: float, range_j: float | None, shaped: bool = False) -> None:
         repair, total = self._counters.get(device) or (Counter(), joules)
         change = repair.read(t_ns, joules, range_j)
         if change.joules is not None:
@@ -147,7 +147,7 @@ class Recorder:
         elif change.event == "reset":
             total = 0.0 if total > 0.0 else -1.0
         self._counters[device] = (repair, total)
-        self._line(form.SampleLine(seconds(t_ns), device, joules=total))
+        self._line(form.SampleLine(seconds(t_ns), device, joules=total, shaped=shaped))
 
     def _gauge(self, device: str, t_ns: int, watts: float) -> None:
         self._line(form.SampleLine(seconds(t_ns), device, watts=watts))
