@@ -268,7 +268,7 @@ class HubClient(Outbox):
                     continue  # whoever took it resolves it
                 self.accrued.pop(request, None)
                 self._outbox.append(wire.Forgone(request))
-                give(pending.future, self.unknown(pending.key, pending.open_ns, pending.close_ns, "late"))
+                give(pending.future, self.unknown(pending.key, pending.opened, pending.close_ns, "late"))
 
 
 class Onwards:

@@ -35,7 +35,7 @@ from melodi_otel.attribution.meter import (
 from melodi_otel.devices import Device
 from melodi_otel.hub.client import HubClient, give
 from melodi_otel.hub.lanes import Lanes
-from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, orphans_of, settle_orphans, summed
+from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, known, orphans_of, settle_orphans, summed
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
@@ -146,7 +146,7 @@ class MovingMeter:
                 self._rising = self._make(connect, [], welcomed=self._risen, lost=self._not_risen)
                 self._rising.start()
 
-    def wait_known(self, timeout: float) -> bool:
+    def waitknown(self, timeout: float) -> bool:
         """Wait until the hub has answered or this process's own ledger is used instead; whether that was so in time."""
         end = time.monotonic() + timeout
         while (client := self.hub) is not None and time.monotonic() < end:
@@ -166,7 +166,7 @@ class MovingMeter:
         for client in clients:
             client.hang_up(timeout)
             for pending, shares in client.give_up():
-                unknown = client.unknown(pending.key, pending.open_ns, pending.close_ns, "shutdown")
+                unknown = client.unknown(pending.key, pending.opened, pending.close_ns, "shutdown")
                 give(pending.future, closed_part(pending.key, shares, pending.close_ns) or unknown)
         settle_orphans(orphans, {})
 
@@ -206,8 +206,8 @@ class MovingMeter:
             if state == "gone":
                 self._engines.pop(engine, None)
             else:
-                known = self._engines.setdefault(engine, {})
-                known.update({name: value for name, value in told.items() if value is not None}, state=state)
+                facts = self._engines.setdefault(engine, {})
+                facts.update({name: value for name, value in told.items() if value is not None}, state=state)
             if self._target is not None:
                 self._target.engine(engine, t_ns, state, **told)
 
@@ -244,8 +244,9 @@ class MovingMeter:
         }
         with self._lock:
             target = self._ledger if self._ended else self._target or self._chosen()
-            self._kept[key] = Kept(key, t_ns, told, target)
-            target.open(key, t_ns, **told)
+            self._kept[key] = Kept(key, t_ns, told, target, key)
+            here: dict[str, Any] = {**told, "parent": self._named(parent)}
+            target.open(key, t_ns, **here)
         if t_ns - self._looked_ns > LOOK_S * 1e9:
             self._looked_ns = t_ns
             self._looking = True
@@ -262,7 +263,7 @@ class MovingMeter:
             kept = self._kept.get(key)
             if kept is not None:
                 kept.children.append(child_id)
-                kept.target.bind(key, child_id)
+                kept.target.bind(kept.at, child_id)
 
     def progress(
         self,
@@ -286,7 +287,7 @@ class MovingMeter:
             if cached_tokens is not None:
                 kept.told["cached_tokens"] = cached_tokens
             kept.target.progress(
-                key,
+                kept.at,
                 t_ns,
                 output_tokens,
                 first_token_ns=first_token_ns,
@@ -352,16 +353,12 @@ class MovingMeter:
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is None:
-                nothing: Future[list[Share]] = Future()
-                nothing.set_result([])
-                return nothing
+                return known([])
             if self._ended and isinstance(kept.target, HubClient):
-                shares = kept.target.unknown(key, kept.t_ns, t_ns, "shutdown")
-                nothing = Future()
-                nothing.set_result(shares)
-                return nothing if not kept.parts else summed([*kept.parts, nothing])
+                shares = kept.target.unknown(key, kept.since, t_ns, "shutdown")
+                return summed(key, [*kept.parts, known(shares)])
             last = kept.target.close(
-                key,
+                kept.at,
                 t_ns,
                 output_tokens,
                 outcome,
@@ -369,7 +366,7 @@ class MovingMeter:
                 prompt_tokens=prompt_tokens,
                 cached_tokens=cached_tokens,
             )
-        return last if not kept.parts else summed([*kept.parts, last])
+        return last if not kept.parts else summed(key, [*kept.parts, last])
 
     # --- moving -------------------------------------------------------------------------------------------------------
 
@@ -395,13 +392,18 @@ class MovingMeter:
 
     def _tell_again(self, target: Target, t_ns: int, whose: Target) -> None:
         """Everything that is open on ``whose``, to ``target`` from ``t_ns`` on; the lock is held."""
-        for engine, known in self._engines.items():
-            target.engine(engine, t_ns, **known)
+        for engine, facts in self._engines.items():
+            target.engine(engine, t_ns, **facts)
         if self._unseen:
             target.unseen(t_ns, self._unseen)
         for kept in self._kept.values():
             if kept.target is whose:
-                kept.move(target, t_ns)
+                kept.move(target, t_ns, self._named(kept.told["parent"]))
+
+    def _named(self, parent: Key | None) -> Key | None:
+        """What the meter in use calls that request."""
+        kept = None if parent is None else self._kept.get(parent)
+        return parent if kept is None else kept.at
 
     def _risen(self, welcome: Welcome, _: Mapping[str, Told]) -> None:
         """A higher hub has answered: from now on it is the meter."""
@@ -417,7 +419,7 @@ class MovingMeter:
             for kept in self._kept.values():
                 if kept.target is old:
                     part = old.close(
-                        kept.key, max(t_ns, kept.t_ns), kept.tokens, "stop", first_token_ns=kept.first_token_ns
+                        kept.at, max(t_ns, kept.t_ns), kept.tokens, "stop", first_token_ns=kept.first_token_ns
                     )
                     kept.parts.append(part)
             if self._unseen:

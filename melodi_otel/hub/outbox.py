@@ -34,6 +34,7 @@ from melodi_otel.attribution.meter import (
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.devices import Device
 from melodi_otel.hub import limits, wire
+from melodi_otel.hub.pending import Counts, Pending, Since
 
 log = logging.getLogger("melodi_otel")
 
@@ -43,24 +44,6 @@ _BATCH: Final = 4096
 _FEW_ROWS: Final = 200
 """Rows of a step that fit a frame however long their ids are."""
 _encoder: Final = msgspec.msgpack.Encoder()
-
-
-@dataclass(slots=True)
-class Pending:
-    """A closed request whose joules are awaited: since when it was open, and when it ended (monotonic ns)."""
-
-    key: Key
-    future: Future[list[Share]]
-    open_ns: int
-    close_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What the outbox lost: ``requests`` opens and closes, ``dropped`` of everything that may be dropped."""
-
-    requests: int = 0
-    dropped: int = 0
 
 
 class Outbox:
@@ -74,7 +57,7 @@ class Outbox:
 
     Attributes:
         pending: closed requests whose joules are awaited.
-        opened: open requests and since when (monotonic ns).
+        opened: open requests.
         accrued: what the hub last acknowledged of them.
         counts: what was lost for want of room.
     """
@@ -83,7 +66,7 @@ class Outbox:
         self.group: Final = group
         self.pending: dict[str, Pending] = {}
         self.accrued: dict[str, list[Share]] = {}
-        self.opened: dict[str, int] = {}
+        self.opened: dict[str, Since] = {}
         self.counts = Counts()
         self.devices: Mapping[str, Device] = {}
         self._now_ns = now_ns
@@ -166,7 +149,7 @@ class Outbox:
         request = limits.name(key.request)
         if probe is not None:
             self._probes[request] = probe
-        self.opened[request] = t_ns
+        self.opened[request] = Since(t_ns, devices)
         self._put(
             wire.Opened(
                 request,
@@ -294,10 +277,10 @@ class Outbox:
         """See :meth:`melodi_otel.attribution.meter.Meter.close`."""
         future: Future[list[Share]] = Future()
         request = limits.name(key.request)
-        open_ns = self.opened.pop(request, None)
+        opened = self.opened.pop(request, None)
         last = self._newest.pop(request, None)
-        if open_ns is None:
-            future.set_result(self.unknown(key, t_ns, t_ns, "overflow"))
+        if opened is None:
+            future.set_result(self.unknown(key, Since(t_ns, None), t_ns, "overflow"))
             return future
         closed = wire.Closed(
             request,
@@ -314,9 +297,9 @@ class Outbox:
             self.accrued.pop(request, None)
             self._put(wire.Forgone(request))
             self._put(_Closing(closed))
-            future.set_result(self.unknown(key, open_ns, t_ns, "overflow"))
+            future.set_result(self.unknown(key, opened, t_ns, "overflow"))
             return future
-        self.pending[request] = Pending(key, future, open_ns, t_ns)
+        self.pending[request] = Pending(key, future, opened, t_ns)
         self._put(_Closing(closed))
         return future
 
@@ -351,12 +334,14 @@ class Outbox:
             )
         )
 
-    def unknown(self, key: Key, t0_ns: int, t1_ns: int, reason: Reason) -> list[Share]:
-        """Shares that say why nothing is known, one per device."""
+    def unknown(self, key: Key, opened: Since, t1_ns: int, reason: Reason) -> list[Share]:
+        """Shares that say why nothing is known, one per device that the request may have used."""
+        named = opened.devices
         return [
-            Share(key, device, t0_ns, t1_ns, *([None] * 6), method="equal", quality="unavailable", coverage=0.0,
+            Share(key, device, opened.t_ns, t1_ns, *([None] * 6), method="equal", quality="unavailable", coverage=0.0,
                   concurrency=1.0, final_ns=self._now_ns(), reason=reason)
-            for device, known in self.devices.items() if known.type != "host"
+            for device, known in self.devices.items()
+            if known.type in ("cpu", "memory") or (known.type != "host" and (named is None or device in named))
         ]  # fmt: skip
 
     # --- when the hub is gone or left ---
@@ -374,8 +359,8 @@ class Outbox:
         """What the hub last acknowledged of an open request."""
         return self.accrued.get(limits.name(key.request), [])
 
-    def since(self, key: Key, otherwise: int) -> int:
-        """Since when an open request was told here, monotonic ns."""
+    def since(self, key: Key, otherwise: Since) -> Since:
+        """Since when an open request is known here."""
         return self.opened.get(limits.name(key.request), otherwise)
 
     # --- for the thread that sends ---

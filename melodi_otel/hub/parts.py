@@ -14,6 +14,7 @@ from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.hub import limits
 from melodi_otel.hub.client import HubClient, give
+from melodi_otel.hub.pending import Since
 from melodi_otel.hub.wire import Told
 
 log = logging.getLogger("melodi_otel")
@@ -23,16 +24,26 @@ Target = Ledger | HubClient
 
 @dataclass(slots=True)
 class Kept:
-    """An open request: what to say of it once more to the next meter, and its parts in earlier ones."""
+    """An open request: what to say of it once more to the next meter, and its parts in earlier ones.
+
+    A meter may get it back before it has settled the part that it had, so each part has a name of its own (``at``); steps go
+    on naming the first.
+    """
 
     key: Key
     t_ns: int
     told: dict[str, Any]
     target: Target
+    at: Key
     children: list[str] = field(default_factory=list[str])
     tokens: int | None = None
     first_token_ns: int | None = None
     parts: list[Future[list[Share]]] = field(default_factory=list["Future[list[Share]]"])
+
+    @property
+    def since(self) -> Since:
+        """When it began, and its accelerators."""
+        return Since(self.t_ns, self.told["devices"])
 
     def ask(self) -> None:
         """Ask how far it is, and for its steps: what it did until a move belongs to the meter that it leaves."""
@@ -45,19 +56,20 @@ class Kept:
         if tokens is not None:
             self.tokens = max(tokens, self.tokens or 0)
 
-    def move(self, target: Target, t_ns: int) -> None:
-        """Tell ``target`` of it, from ``t_ns`` on."""
+    def move(self, target: Target, t_ns: int, parent: Key | None) -> None:
+        """Tell ``target`` of it, from ``t_ns`` on; ``parent``: what the request around it is called there."""
         since_ns = max(t_ns, self.t_ns)
-        told = dict(self.told)
+        told: dict[str, Any] = {**self.told, "parent": parent}
+        self.at = Key(self.key.group, f"{self.key.request}~{len(self.parts)}")
         began = bool(self.tokens or self.first_token_ns)
         if told["prompt_tokens"] is not None and began:
             told["cached_tokens"] = told["prompt_tokens"]  # it has been computed, and charged, before
         self.target = target
-        target.open(self.key, since_ns, **told)
-        for child in self.children:
-            target.bind(self.key, child)
+        target.open(self.at, since_ns, **told)
+        for child in self.children or [self.key.request]:
+            target.bind(self.at, child)
         if self.tokens is not None:
-            target.progress(self.key, since_ns, self.tokens, first_token_ns=since_ns if began else None)
+            target.progress(self.at, since_ns, self.tokens, first_token_ns=since_ns if began else None)
 
 
 @dataclass(slots=True)
@@ -81,7 +93,7 @@ def orphans_of(client: HubClient, open_now: Iterable[Kept], t_ns: int) -> list[O
             pending.future,
             pending.close_ns,
             shares,
-            client.unknown(pending.key, pending.open_ns, pending.close_ns, "no_samples"),
+            client.unknown(pending.key, pending.opened, pending.close_ns, "no_samples"),
         )
         for pending, shares in client.give_up()
     ]
@@ -89,9 +101,8 @@ def orphans_of(client: HubClient, open_now: Iterable[Kept], t_ns: int) -> list[O
         if kept.target is client:
             part: Future[list[Share]] = Future()
             kept.parts.append(part)
-            since_ns = min(client.since(kept.key, kept.t_ns), t_ns)
-            unknown = client.unknown(kept.key, since_ns, t_ns, "no_samples")
-            found.append(Orphan(kept.key, part, t_ns, client.so_far(kept.key), unknown))
+            unknown = client.unknown(kept.at, client.since(kept.at, kept.since), t_ns, "no_samples")
+            found.append(Orphan(kept.at, part, t_ns, client.so_far(kept.at), unknown))
     return found
 
 
@@ -99,7 +110,6 @@ def settle_orphans(orphans: Sequence[Orphan], resumed: Mapping[str, Told]) -> No
     """Give every orphan what the next hub knows of it (``resumed``), else what was acknowledged."""
     once = dict(resumed)
     for orphan in orphans:
-        # A request that was told to a hub that never answered has two parts here; only the first had any joules.
         told = once.pop(limits.name(orphan.key.request), None)
         if told is not None and told.final:
             give(orphan.part, [keyed(share, orphan.key) for share in told.shares])
@@ -130,8 +140,15 @@ def keyed(share: Share, key: Key) -> Share:
     return replace(share, key=key)
 
 
-def summed(parts: Sequence[Future[list[Share]]]) -> Future[list[Share]]:
-    """The shares of a request that several meters metered one after the other."""
+def known(shares: list[Share]) -> Future[list[Share]]:
+    """Shares that nobody has to wait for."""
+    future: Future[list[Share]] = Future()
+    future.set_result(shares)
+    return future
+
+
+def summed(key: Key, parts: Sequence[Future[list[Share]]]) -> Future[list[Share]]:
+    """The shares of the request ``key``, that several meters metered one after the other."""
     whole: Future[list[Share]] = Future()
     lock = threading.Lock()
     left = [len(parts)]
@@ -147,7 +164,7 @@ def summed(parts: Sequence[Future[list[Share]]]) -> Future[list[Share]]:
                 shares = merge_shares(shares, part.result())
             except Exception:  # whoever waits for the sum must get one
                 log.exception("melodi_otel: a part of a request's joules is lost")
-        give(whole, shares)
+        give(whole, [keyed(share, key) for share in shares])
 
     for part in parts:
         part.add_done_callback(done)
