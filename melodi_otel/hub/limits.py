@@ -55,7 +55,7 @@ def count(value: Any) -> int | None:
     if type(value) is int:
         return value if 0 <= value <= _MOST else None
     try:
-        found = operator.index(value)
+        found = int(operator.index(value))  # True would be told as no number
     except TypeError:
         return None
     return found if 0 <= found <= _MOST else None

@@ -372,8 +372,10 @@ class Outbox:
         now_ns = limits.time(self._now_ns())
         try:
             for request, probe in list(self._probes.items()):
+                if request not in self.opened:
+                    continue  # its close waits in the outbox, and its last steps come before that
                 tokens = self._probe(request, probe)
-                if tokens is not None and request in self.opened:
+                if tokens is not None:
                     batch.append(wire.Progressed(request, now_ns, tokens))
         finally:
             self._batch = None
