@@ -146,7 +146,7 @@ class MovingMeter:
                 self._rising = self._make(connect, [], welcomed=self._risen, lost=self._not_risen)
                 self._rising.start()
 
-    def waitknown(self, timeout: float) -> bool:
+    def wait_known(self, timeout: float) -> bool:
         """Wait until the hub has answered or this process's own ledger is used instead; whether that was so in time."""
         end = time.monotonic() + timeout
         while (client := self.hub) is not None and time.monotonic() < end:
