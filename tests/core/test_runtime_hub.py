@@ -339,14 +339,18 @@ def test_an_agent_appears_and_goes(machine: Machine, monkeypatch: pytest.MonkeyP
     assert runtime.wait_settled(10.0)
 
 
-def test_its_own_meter_comes_back_whole(machine: Machine) -> None:
+def test_its_own_meter_comes_back_whole(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A station that rested and is needed again reads meters that are open: none of its devices counts as lost."""
     with machine.tree.live():
         runtime = machine.runtime()
         station = runtime.station
         station.rest(lambda: False)
         assert not station.started
+        read: list[int] = []
+        closed = station.sampler
+        monkeypatch.setattr(closed, "tick", lambda: read.append(1) or 0.0)
         station.begin()
+        assert read == []
         assert station.wait_found(10.0)
         request(runtime, 0.4)
         assert runtime.wait_settled(10.0)

@@ -205,9 +205,12 @@ def test_work_that_is_not_seen_moves() -> None:
     host = Host()
     host.meter.unseen(host.now, 2)
     host.meter.unseen(host.now, 1)
-    assert host.ledger.open_count == 0  # nobody watches this ledger
+    host.run(0.5)
+    left = host.now
     agent = host.rise()
     host.run(0.5)
+    unseen = host.ledger._core._closer.unseen
+    assert (unseen.any_in(left - 1, left), unseen.any_in(left, host.now)) == (True, False)
     session = agent._session
     assert session is not None
     assert session.unseen == 3
