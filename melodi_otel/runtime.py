@@ -118,6 +118,7 @@ class Runtime:
                 local=self._local,
                 quit_local=self._quit_local,
                 changed=lambda: self._tender.soon(),
+                engine_devices=config.engine_devices,
                 now_ns=self.clock.monotonic_ns,
             )
         meter = self._moving or self.station.ledger
@@ -362,11 +363,10 @@ class Runtime:
         self.wait_settled(timeout)
         self._choice.end()
         self._tender.end(timeout)
+        if self._moving is not None:
+            self._moving.end(timeout)  # first: a hub that dies from here on brings no meter of ours back
         self.station.end()
         self.calls.close()
-        if self._moving is not None:
-            self._moving.end(timeout)
-            self.calls.close()
         self._tracers.unwrap()
         self._meters.close()
         if self._endpoint is not None:
@@ -444,12 +444,14 @@ class Runtime:
         # While a hub meters there is no settle thread that would take these turns.
         if not self.station.working:
             self._turn()
-        elif not self._is_local() and not self.ledger.waiting() and not self.ledger.open_count:
-            self.station.rest()
+        elif not self.ledger.waiting() and not self.ledger.open_count:
+            self.station.rest(self._is_local)
 
     def _forked(self) -> None:
         # The child's books start empty: the parent settles, counts and exports what was open when it forked.
         self._lock = threading.Lock()
+        self._connect = None  # a connection made before the fork is the parent's
+        self._publisher.forked()
         self._tender.forked()
         self._metric_labels.forked()
         self._models.forked()
@@ -457,7 +459,7 @@ class Runtime:
         self.station.forked()
         self.store.forked()
         if self._moving is not None:
-            self._choice = Choice(self._setting, self._environ, forked=True)
+            self._choice = self._choice.in_child()
             self._moving.forked(self._choice, self._chosen_in_child)
 
     def _chosen_in_child(self) -> Any:

@@ -101,6 +101,8 @@ class Station:
         self._settler: threading.Thread | None = None
         self._stopping = False
         self._started = False
+        self._turning = threading.Lock()
+        self._resting = False
 
     # --- what it knows ------------------------------------------------------------------------------------------------
 
@@ -198,13 +200,27 @@ class Station:
         """Open the meters only when it begins, on the settle thread: a hub meters, and this station may never be needed."""
         self._stale = True
 
-    def rest(self) -> None:
-        """Stop reading: another meter is used. :meth:`begin` starts anew, with the time between left out."""
-        if self._started:
+    def rest(self, needed: Callable[[], bool]) -> None:
+        """Stop reading: another meter is used. :meth:`begin` starts anew, with the time between left out.
+
+        Takes as long as a reading does; where it is ``needed`` again meanwhile, it begins again when it has come to rest.
+        """
+        with self._turning:
+            if needed() or not self._started:
+                return
+            self._resting = True
+        try:
+            self._stale = True  # its meters are closed from here on
             self.end()
+            self.ledger.tap(None)
+            self._recorder = None
             self.ledger.pause()
-            self._stale = True
             self._complete = threading.Event()
+        finally:
+            with self._turning:
+                self._resting = False
+        if needed():
+            self.begin()
 
     def begin(self) -> None:
         """Start sampling and settling; a second call does nothing.
@@ -212,21 +228,24 @@ class Station:
         Raises:
             ConfigError: the trace file of ``MELODI_RECORD`` cannot be written.
         """
-        if self._started:
-            return
+        with self._turning:
+            if self._started or self._resting:
+                return  # whoever puts it to rest sees that it is needed again
         if not self._stale:
             self._open_recorder()
         self._started = True
         self._stopping = False
         if not self._stale:
             self._tell()
-        if self.discovery.sources:
+        if self.discovery.sources and not self._stale:
             # The first reading is a baseline: taken here, the first request is covered from its first instant.
             self.sampler.tick()
         self.run_threads()
 
     def run_threads(self) -> None:
         """The sampler's and the settling thread, where they do not run."""
+        if self._resting:
+            return
         if self.discovery.sources and not self._stale:
             self.sampler.start()
             self._start_neighbours()
@@ -264,6 +283,8 @@ class Station:
 
         The parent settles, counts and exports what was open when it forked.
         """
+        self._turning = threading.Lock()
+        self._resting = False
         self._moved = threading.Event()
         self.readings.forked(self._elsewhere or self._moved.set)
         self._complete = threading.Event()

@@ -28,17 +28,20 @@ class Tender:
         self._thread: threading.Thread | None = None
         self._awake = threading.Event()
         self._over = False
+        self._starting = threading.Lock()
 
     def soon(self) -> None:
         """Take a turn now, and from now on. Cheap; any thread."""
         self._awake.set()
-        if not self._over and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._run, name="melodi-otel-tend", daemon=True)
-            self._thread.start()
+        with self._starting:
+            if not self._over and (self._thread is None or not self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._run, name="melodi-otel-tend", daemon=True)
+                self._thread.start()
 
     def end(self, timeout: float) -> None:
         """No more turns; waits at most ``timeout`` seconds for the one that runs."""
-        self._over = True
+        with self._starting:
+            self._over = True
         self._awake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)

@@ -7,6 +7,7 @@ longer, and nothing else changes; what it says afterwards comes too late for the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import selectors
@@ -14,13 +15,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from typing import Any, Final
 
-from melodi_otel.attribution.meter import Key, Share
+from melodi_otel.attribution.meter import Share
 from melodi_otel.attribution.record import RequestRecord
-from melodi_otel.hub import wire
+from melodi_otel.hub import limits, wire
 from melodi_otel.hub.outbox import Outbox
 from melodi_otel.hub.wire import Told
 
@@ -70,8 +71,9 @@ class HubClient(Outbox):
         self._wait_s = wait_s
         self._resumed: dict[str, Told] = {}
         self._questions: dict[int, Future[Any]] = {}
-        self._asked = 0
+        self._asked = itertools.count(1)
         self._over = False
+        self._socket: socket.socket | None = None
         self._heard_ns = now_ns()
         self._thread = threading.Thread(target=self._run, name="melodi-otel-client", daemon=True)
         self._pid = os.getpid()
@@ -92,27 +94,36 @@ class HubClient(Outbox):
         """Hang up; waits at most ``timeout`` seconds for the thread."""
         self._over = True
         self._wake()
+        sock = self._socket
+        if sock is not None and not self.known.is_set():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # it waits for a hub that may never answer the greeting
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def forked(self) -> None:
         """In a child: let go of copies of descriptors; the connection is the parent's."""
         self._over = True
-        for copy in (self._wakes, self._woken, getattr(self, "_socket", None)):
+        self._summing = threading.Lock()
+        for copy in (self._wakes, self._woken, self._socket):
             if copy is not None:
                 with contextlib.suppress(OSError):
                     copy.close()
 
     def between(self, device: str, t0_ns: int, t1_ns: int, timeout: float = 1.0) -> float | None:
         """J that a whole device used; None where that is not known, or not in time. Waits: not for a request's path."""
-        self._asked += 1
+        if self.frozen or not self._thread.is_alive() or not self._room(1):
+            return None
+        number = next(self._asked)
         question: Future[Any] = Future()
-        self._questions[self._asked] = question
-        self._put(wire.Between(self._asked, device, t0_ns, t1_ns))
+        self._questions[number] = question
+        self._put(wire.Between(number, limits.name(device), limits.time(t0_ns), limits.time(t1_ns)))
         try:
             return question.result(timeout)
         except TimeoutError:
             return None
+        finally:
+            self._questions.pop(number, None)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -122,6 +133,8 @@ class HubClient(Outbox):
         sock: socket.socket | None = None
         try:
             sock = self._socket = self._connect()
+            if self._over:
+                raise HubLost("the program ends")
             self._greet(sock)
             self._serve(sock)
         except HubLost as error:
@@ -136,9 +149,8 @@ class HubClient(Outbox):
                 for own in (sock, self._wakes, self._woken):
                     if own is not None:
                         own.close()
-            for question in self._questions.values():
-                if not question.done():
-                    question.set_result(None)
+            for question in list(self._questions.values()):
+                give(question, None)
             self.known.set()
         if not self._over and self._pid == os.getpid():
             try:
@@ -164,10 +176,11 @@ class HubClient(Outbox):
 
     def _serve(self, sock: socket.socket) -> None:
         out = memoryview(b"")
-        with selectors.DefaultSelector() as selector:
+        # Not the default one: a forked child could not close its descriptor.
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
             selector.register(sock, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
-            while not self._over or (self._outbox and not self.frozen):
+            while not self._over or ((self._outbox or out) and not self.frozen):
                 if not out:
                     out = memoryview(self.drain())
                 if out:
@@ -219,14 +232,15 @@ class HubClient(Outbox):
                 if message.whole:
                     self.hub = self._greeted
                     self.devices = {device.id: device for device in self._greeted.devices}
-                    self._welcomed(self._greeted, self._resumed)
+                    resumed, self._resumed = self._resumed, {}
+                    self._welcomed(self._greeted, resumed)
                     self.known.set()
             case wire.Refused():
                 raise HubLost(f"it refused: {message.text}")
             case wire.BetweenAnswered() | wire.StatusAnswered():
                 question = self._questions.pop(message.question, None)
-                if question is not None and not question.done():
-                    question.set_result(message.joules if isinstance(message, wire.BetweenAnswered) else message.text)
+                if question is not None:
+                    give(question, message.joules if isinstance(message, wire.BetweenAnswered) else message.text)
             case _:
                 pass
 
@@ -234,8 +248,7 @@ class HubClient(Outbox):
         self.accrued.pop(request, None)
         pending = self.pending.pop(request, None)
         if pending is not None:
-            key = Key(self.group, request)
-            pending.future.set_result([replace(share, key=key) for share in shares])
+            give(pending.future, [replace(share, key=pending.key) for share in shares])
 
     def _look_at_time(self) -> None:
         now_ns = self._now_ns()
@@ -251,11 +264,11 @@ class HubClient(Outbox):
         wait_ns = self._wait_s() * 1e9
         for request, pending in list(self.pending.items()):
             if now_ns - pending.close_ns > wait_ns:
-                self.pending.pop(request, None)
+                if self.pending.pop(request, None) is None:
+                    continue  # whoever took it resolves it
                 self.accrued.pop(request, None)
                 self._outbox.append(wire.Forgone(request))
-                key = Key(self.group, request)
-                pending.future.set_result(self.unknown(key, pending.open_ns, pending.close_ns, "late"))
+                give(pending.future, self.unknown(pending.key, pending.opened, pending.close_ns, "late"))
 
 
 class Onwards:
@@ -276,8 +289,14 @@ class Onwards:
 
 
 def replace_resume(hello: wire.Hello, resume: Sequence[str]) -> wire.Hello:
-    """The same greeting that asks for these requests."""
+    """The same greeting, within the wire's limits, that asks for these requests."""
     return wire.Hello(
-        hello.version, hello.release, hello.name, hello.group, hello.alone, hello.service, hello.namespace,
-        hello.renders, list(resume),
+        hello.version, hello.release, hello.name, limits.name(hello.group), hello.alone, limits.text(hello.service),
+        limits.text(hello.namespace), hello.renders, limits.fits(resume),
     )  # fmt: skip
+
+
+def give(future: Future[Any], result: Any) -> None:
+    """Resolve it, once: whoever comes second, or after it was cancelled, changes nothing."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(result)

@@ -7,8 +7,12 @@ Contexts grow by one with every step, so a member is kept as its context when it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from melodi_otel.attribution.meter import Decode, Joined, Prefill
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
+
+LIMIT: Final = 4096
+"""Lanes that are remembered: a ``generate()`` call has one of its own, and nothing says when it needs it no more."""
 
 
 class LaneMirror:
@@ -63,3 +67,25 @@ class LaneMirror:
         if decode.n:
             self._count += 1
         return whole
+
+
+class Lanes:
+    """The lanes of a program, by (engine, number); the one that was silent for longest is forgotten first."""
+
+    def __init__(self) -> None:
+        self._mirrors: dict[tuple[EngineId, int], LaneMirror] = {}
+
+    def __len__(self) -> int:
+        return len(self._mirrors)
+
+    def of(self, engine: EngineId, lane: int) -> LaneMirror:
+        """The mirror of this lane, which speaks now."""
+        mirror = self._mirrors.pop((engine, lane), None) or LaneMirror()
+        self._mirrors[engine, lane] = mirror
+        if len(self._mirrors) > LIMIT:
+            del self._mirrors[next(iter(self._mirrors))]
+        return mirror
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._mirrors.clear()

@@ -24,8 +24,13 @@ START_S: Final = 15.0
 SERVICE: Final = "melodi-otel-hub"
 
 _BETWEEN: Final = (
-    "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos._exit(0)\n"
+    "import os, signal, sys\n"
+    "signal.pthread_sigmask(signal.SIG_SETMASK, [])\n"  # whatever the thread that asked had blocked
+    "if os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos._exit(0)\n"
 )
+_PACKAGE: Final = Path(__file__).resolve().parents[1]
+_STARTUP: Final = _PACKAGE / "cli" / "startup"
+"""What ``melodi-otel run`` puts on the path."""
 _PRIVATE: Final = frozenset(
     {
         GROUP_VARIABLE,
@@ -34,6 +39,8 @@ _PRIVATE: Final = frozenset(
         "CUDA_VISIBLE_DEVICES",
         "HIP_VISIBLE_DEVICES",
         "ROCR_VISIBLE_DEVICES",
+        "GPU_DEVICE_ORDINAL",
+        "MELODI_ENGINE_DEVICES",
         "MELODI_RECORD",
         "MELODI_HUB",
         "MELODI_CONSOLE",
@@ -65,16 +72,16 @@ def start(path: Path, environ: Mapping[str, str]) -> None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise HubLost(f"a shared hub cannot be started: {error}") from None
-    if done.returncode < 0:
-        raise HubLost(f"a shared hub cannot be started: signal {-done.returncode}")
+    if done.returncode != 0:
+        raise HubLost(f"a shared hub cannot be started: {python} ended with {done.returncode}")
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     found = {name: value for name, value in environ.items() if name not in _PRIVATE}
-    package = str(Path(__file__).resolve().parents[2])
+    package = str(_PACKAGE.parent)
     paths = [part for part in found.get("PYTHONPATH", "").split(os.pathsep) if part]
     # The hub is not to be instrumented as the program is, and must find this package where the program found it.
-    paths = [part for part in paths if Path(part).name != "auto_instrumentation"]
+    paths = [part for part in paths if Path(part).name != "auto_instrumentation" and Path(part) != _STARTUP]
     if Path(package).name not in ("site-packages", "dist-packages"):
         paths.insert(0, package)
     if paths:

@@ -32,9 +32,10 @@ from melodi_otel.attribution.meter import (
     Probe,
     Share,
 )
-from melodi_otel.hub.client import HubClient
-from melodi_otel.hub.lanes import LaneMirror
-from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, give, settle_orphans, summed
+from melodi_otel.devices import Device
+from melodi_otel.hub.client import HubClient, give
+from melodi_otel.hub.lanes import Lanes
+from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, known, orphans_of, settle_orphans, summed
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
@@ -63,8 +64,9 @@ class MovingMeter:
         local: called when the ledger comes to be used, to start its sampler; and ``quit_local`` when it is not any more.
         client: makes a client from (connect, resume, welcomed, lost).
         places: where hubs are.
-        now_ns: monotonic ns.
         changed: called after each move.
+        engine_devices: accelerators of every engine of this program, whatever it says itself (``MELODI_ENGINE_DEVICES``).
+        now_ns: monotonic ns.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class MovingMeter:
         local: Callable[[], None],
         quit_local: Callable[[], None],
         changed: Callable[[], None],
+        engine_devices: Sequence[str] | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._ledger = ledger
+        self._engine_devices = tuple(engine_devices) if engine_devices else None
         self._make = client
         self._places = places
         self._local = local
@@ -87,15 +91,17 @@ class MovingMeter:
         self._now_ns = now_ns
         self._lock = threading.RLock()
         self._target: Target | None = None
+        self.devices: Mapping[str, Device] = {}
         self._kept: dict[Key, Kept] = {}
         self._engines: dict[EngineId, dict[str, Any]] = {}
-        self._lanes: dict[tuple[EngineId, int], LaneMirror] = {}
+        self._lanes = Lanes()
         self._unseen = 0
         self._orphans: list[Orphan] = []
         self._leaving: list[HubClient] = []
         self._rising: HubClient | None = None
         self._looked_ns = 0
         self._looking = False
+        self._ended = False
         self._first: Callable[[], Callable[[], Any] | None] | None = None
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -104,7 +110,10 @@ class MovingMeter:
         """Choose: the hub that ``connect`` leads to, or None for the ledger in this process."""
         with self._lock:
             if self._target is None:
-                self._use(connect)
+                if connect is None and self._first is not None:
+                    self._chosen()  # forked before it began
+                else:
+                    self._use(connect)
 
     @property
     def hub(self) -> HubClient | None:
@@ -126,14 +135,14 @@ class MovingMeter:
             return
         self._looking = False
         with self._lock:
-            if self._rising is not None or self._target is None:
+            if self._rising is not None or self._target is None or self._ended:
                 return
             below = self.hub
         connect = self._places.above(below)
         if connect is None:
             return
         with self._lock:
-            if self._rising is None:
+            if self._rising is None and not self._ended:
                 self._rising = self._make(connect, [], welcomed=self._risen, lost=self._not_risen)
                 self._rising.start()
 
@@ -148,21 +157,18 @@ class MovingMeter:
         return self.is_local or (client is not None and client.hub is not None)
 
     def end(self, timeout: float) -> None:
-        """Hang up on every hub; waits at most ``timeout`` seconds for each."""
+        """Hang up on every hub, for good; waits at most ``timeout`` seconds for each."""
         with self._lock:
+            self._ended = True
             clients = [*self._leaving, *([self.hub] if self.hub else []), *([self._rising] if self._rising else [])]
             self._leaving, self._rising = [], None
             orphans, self._orphans = self._orphans, []
         for client in clients:
             client.hang_up(timeout)
-            for request, pending in list(client.pending.items()):
-                client.pending.pop(request, None)
-                key = Key(client.group, request)
-                shares = client.accrued.pop(request, [])
-                unknown = client.unknown(key, pending.open_ns, pending.close_ns, "shutdown")
-                give(pending.future, closed_part(key, shares, pending.close_ns) or unknown)
-        for orphan in orphans:
-            give(orphan.part, orphan.acknowledged)
+            for pending, shares in client.give_up():
+                unknown = client.unknown(pending.key, pending.opened, pending.close_ns, "shutdown")
+                give(pending.future, closed_part(pending.key, shares, pending.close_ns) or unknown)
+        settle_orphans(orphans, {})
 
     def forked(self, places: Places, choose: Callable[[], Callable[[], Any] | None]) -> None:
         """In a child: nothing of the parent's; the next open chooses anew, with ``choose``."""
@@ -178,7 +184,8 @@ class MovingMeter:
         self._lanes.clear()
         self._unseen = 0
         self._orphans, self._leaving, self._rising = [], [], None
-        self._looking = False
+        self._looking = self._ended = False
+        self.devices = {}
 
     def waiting(self) -> int:
         """Closed requests that are not settled yet, wherever."""
@@ -193,9 +200,14 @@ class MovingMeter:
 
     def engine(self, engine: EngineId, t_ns: int, state: EngineState = "ready", **told: Any) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.engine`."""
+        if self._engine_devices:
+            told["devices"] = self._engine_devices
         with self._lock:
-            known = self._engines.setdefault(engine, {})
-            known.update({name: value for name, value in told.items() if value is not None}, state=state)
+            if state == "gone":
+                self._engines.pop(engine, None)
+            else:
+                facts = self._engines.setdefault(engine, {})
+                facts.update({name: value for name, value in told.items() if value is not None}, state=state)
             if self._target is not None:
                 self._target.engine(engine, t_ns, state, **told)
 
@@ -216,6 +228,8 @@ class MovingMeter:
         late: Late | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
+        if engine is not None and self._engine_devices:
+            devices = self._engine_devices
         told: dict[str, Any] = {
             "engine": engine,
             "devices": devices,
@@ -229,9 +243,10 @@ class MovingMeter:
             "late": late,
         }
         with self._lock:
-            target = self._target or self._chosen()
-            self._kept[key] = Kept(key, t_ns, told, target)
-            target.open(key, t_ns, **told)
+            target = self._ledger if self._ended else self._target or self._chosen()
+            self._kept[key] = Kept(key, t_ns, told, target, key)
+            here: dict[str, Any] = {**told, "parent": self._named(parent)}
+            target.open(key, t_ns, **here)
         if t_ns - self._looked_ns > LOOK_S * 1e9:
             self._looked_ns = t_ns
             self._looking = True
@@ -248,7 +263,7 @@ class MovingMeter:
             kept = self._kept.get(key)
             if kept is not None:
                 kept.children.append(child_id)
-                kept.target.bind(key, child_id)
+                kept.target.bind(kept.at, child_id)
 
     def progress(
         self,
@@ -272,7 +287,7 @@ class MovingMeter:
             if cached_tokens is not None:
                 kept.told["cached_tokens"] = cached_tokens
             kept.target.progress(
-                key,
+                kept.at,
                 t_ns,
                 output_tokens,
                 first_token_ns=first_token_ns,
@@ -296,13 +311,13 @@ class MovingMeter:
         left: Sequence[str] = (),
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
+        if self._engine_devices:
+            devices = self._engine_devices
         with self._lock:
             target = self._target
             if target is None:
                 return
-            mirror = self._lanes.get((engine, lane))
-            if mirror is None:
-                mirror = self._lanes[engine, lane] = LaneMirror()
+            mirror = self._lanes.of(engine, lane)
             whole = mirror.take(seq, decode, computed, joined, left, fresh=mirror.told is not target)
             mirror.told = target
             if whole is not None:
@@ -322,8 +337,6 @@ class MovingMeter:
             )
             if kept is False:
                 mirror.told = None  # it is lost: the next one tells the whole set
-            if not mirror.members and not decode.n:
-                self._trim()
 
     def close(
         self,
@@ -340,11 +353,12 @@ class MovingMeter:
         with self._lock:
             kept = self._kept.pop(key, None)
             if kept is None:
-                nothing: Future[list[Share]] = Future()
-                nothing.set_result([])
-                return nothing
+                return known([])
+            if self._ended and isinstance(kept.target, HubClient):
+                shares = kept.target.unknown(key, kept.since, t_ns, "shutdown")
+                return summed(key, [*kept.parts, known(shares)])
             last = kept.target.close(
-                key,
+                kept.at,
                 t_ns,
                 output_tokens,
                 outcome,
@@ -352,15 +366,18 @@ class MovingMeter:
                 prompt_tokens=prompt_tokens,
                 cached_tokens=cached_tokens,
             )
-        return last if not kept.parts else summed([*kept.parts, last])
+        return last if not kept.parts else summed(key, [*kept.parts, last])
 
     # --- moving -------------------------------------------------------------------------------------------------------
 
     def _chosen(self) -> Target:
         first, self._first = self._first, None
-        self._use(None if first is None else first())
-        assert self._target is not None
-        return self._target
+        try:
+            return self._use(None if first is None else first())
+        except Exception:
+            # On a request's thread: whatever a place for the meter lacks, the request goes on.
+            log.exception("melodi_otel: no meter can be started here")
+            return self._target or self._ledger
 
     def _use(self, connect: Callable[[], Any] | None, resume: Sequence[str] = ()) -> Target:
         if connect is None:
@@ -368,55 +385,60 @@ class MovingMeter:
             self._local()
         else:
             client = self._make(connect, resume, welcomed=self._came_back, lost=self._lost)
+            client.devices = self.devices
             self._target = client
             client.start()
         return self._target
 
     def _tell_again(self, target: Target, t_ns: int, whose: Target) -> None:
         """Everything that is open on ``whose``, to ``target`` from ``t_ns`` on; the lock is held."""
-        for engine, known in self._engines.items():
-            target.engine(engine, t_ns, **known)
+        for engine, facts in self._engines.items():
+            target.engine(engine, t_ns, **facts)
         if self._unseen:
             target.unseen(t_ns, self._unseen)
         for kept in self._kept.values():
-            if kept.target is not whose:
-                continue
-            told = dict(kept.told)
-            if told["prompt_tokens"] is not None and (kept.tokens or kept.first_token_ns):
-                told["cached_tokens"] = told["prompt_tokens"]  # it has been computed, and charged, before
-            kept.target = target
-            target.open(kept.key, max(t_ns, kept.t_ns), **told)
-            for child in kept.children:
-                target.bind(kept.key, child)
-            if kept.tokens is not None:
-                target.progress(kept.key, max(t_ns, kept.t_ns), kept.tokens, first_token_ns=max(t_ns, kept.t_ns))
+            if kept.target is whose:
+                kept.move(target, t_ns, self._named(kept.told["parent"]))
+
+    def _named(self, parent: Key | None) -> Key | None:
+        """What the meter in use calls that request."""
+        kept = None if parent is None else self._kept.get(parent)
+        return parent if kept is None else kept.at
 
     def _risen(self, welcome: Welcome, _: Mapping[str, Told]) -> None:
         """A higher hub has answered: from now on it is the meter."""
+        self._read_probes()
         with self._lock:
             new, self._rising = self._rising, None
             old = self._target
-            if new is None or old is None:
+            if new is None or old is None or self._ended:
                 return
             new.become(self._came_back, self._lost)
+            self.devices = new.devices
             t_ns = self._now_ns()
-            parts: list[tuple[Kept, Future[list[Share]]]] = []
             for kept in self._kept.values():
                 if kept.target is old:
-                    part = old.close(kept.key, max(t_ns, kept.t_ns), kept.tokens, "stop")
-                    parts.append((kept, part))
+                    part = old.close(
+                        kept.at, max(t_ns, kept.t_ns), kept.tokens, "stop", first_token_ns=kept.first_token_ns
+                    )
+                    kept.parts.append(part)
             if self._unseen:
                 old.unseen(t_ns, -self._unseen)
             self._target = new
             self._tell_again(new, t_ns, old)
-            for kept, part in parts:
-                kept.parts.append(part)
             if isinstance(old, HubClient):
                 self._leaving.append(old)
         log.info("melodi_otel: the %s hub meters from now on", welcome.tier)
         if not isinstance(old, HubClient):
             self._quit_local()
         self._changed()
+
+    def _read_probes(self) -> None:
+        # Without the lock: a probe hands over steps, and another thread may be at it.
+        with self._lock:
+            open_now = list(self._kept.values())
+        for kept in open_now:
+            kept.ask()
 
     def _not_risen(self, client: HubClient, why: str) -> None:
         with self._lock:
@@ -427,44 +449,38 @@ class MovingMeter:
     def _lost(self, client: HubClient, why: str) -> None:
         """A hub is gone. On its client's thread."""
         connect = self._places.after(client, why)
+        self._read_probes()
+        over: list[Orphan] = []
         with self._lock:
             t_ns = self._now_ns()
-            if client in self._leaving:
-                self._leaving.remove(client)
-                self._orphan(client, t_ns, self._target)
-                self._settle_orphans({})
-                return
-            if self._target is not client:
-                return
-            self._orphan(client, t_ns, client)
-            self._target = None
-            target = self._use(connect, [orphan.key.request for orphan in self._orphans])
-            self._tell_again(target, t_ns, client)
-            if connect is None:
-                self._settle_orphans({})
+            mine = orphans_of(client, self._kept.values(), t_ns)
+            if self._target is not client or self._ended:
+                if client in self._leaving:
+                    self._leaving.remove(client)
+                over = mine
+            else:
+                self.devices = client.devices or self.devices
+                self._orphans += mine
+                self._target = None
+                try:
+                    target = self._use(connect, [orphan.key.request for orphan in self._orphans])
+                except Exception:
+                    log.exception("melodi_otel: this process's own meter cannot be started")
+                    connect, target = None, self._target or self._ledger
+                self._target = target
+                self._tell_again(target, t_ns, client)
+                if connect is None:
+                    over, self._orphans = self._orphans, []
+        settle_orphans(over, {})  # not under the lock: whoever waits is called at once
         self._changed()
-
-    def _orphan(self, client: HubClient, t_ns: int, lost: Target | None) -> None:
-        for request, pending in list(client.pending.items()):
-            client.pending.pop(request, None)
-            key = Key(client.group, request)
-            shares = client.accrued.get(request, [])
-            self._orphans.append(Orphan(key, pending.future, pending.open_ns, pending.close_ns, shares))
-        for kept in self._kept.values():
-            if kept.target is lost and client is lost:
-                part: Future[list[Share]] = Future()
-                kept.parts.append(part)
-                since = client.opened.get(kept.key.request, kept.t_ns)
-                self._orphans.append(Orphan(kept.key, part, since, t_ns, client.accrued.get(kept.key.request, [])))
 
     def _came_back(self, welcome: Welcome, resumed: Mapping[str, Told]) -> None:
         with self._lock:
-            self._settle_orphans(resumed)
-        self._changed()
-
-    def _settle_orphans(self, resumed: Mapping[str, Told]) -> None:
-        orphans, self._orphans = self._orphans, []
+            hub = self.hub
+            self.devices = (hub.devices if hub is not None else None) or self.devices
+            orphans, self._orphans = self._orphans, []
         settle_orphans(orphans, resumed)
+        self._changed()
 
     def _clients(self) -> list[HubClient]:
         found = [*self._leaving]
@@ -476,11 +492,6 @@ class MovingMeter:
         """Hang up on hubs that were left and owe nothing any more. Off the request's thread."""
         with self._lock:
             over = [client for client in self._leaving if not client.waiting()]
-            self._leaving = [client for client in self._leaving if client.waiting()]
+            self._leaving = [client for client in self._leaving if client not in over]
         for client in over:
             client.hang_up(0.0)
-
-    def _trim(self) -> None:
-        if len(self._lanes) > 1000:
-            for at in [at for at, mirror in self._lanes.items() if not mirror.members][:500]:
-                del self._lanes[at]

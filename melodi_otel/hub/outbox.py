@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
+
 from melodi_otel.attribution.meter import (
     Decode,
     EngineId,
@@ -31,35 +33,23 @@ from melodi_otel.attribution.meter import (
 )
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.devices import Device
-from melodi_otel.hub import wire
+from melodi_otel.hub import limits, wire
+from melodi_otel.hub.pending import Counts, Pending, Since
 
 log = logging.getLogger("melodi_otel")
 
 CAPACITY: Final = 20_000
 """Messages that wait at most before progress, steps and observations are dropped; opens and closes may be four times as many."""
-_NAME: Final = 1024
 _BATCH: Final = 4096
-
-
-@dataclass(slots=True)
-class Pending:
-    """A closed request whose joules are awaited: since when it was open, and when it ended (monotonic ns)."""
-
-    future: Future[list[Share]]
-    open_ns: int
-    close_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What the outbox lost: ``requests`` opens and closes, ``dropped`` of everything that may be dropped."""
-
-    requests: int = 0
-    dropped: int = 0
+_FEW_ROWS: Final = 200
+"""Rows of a step that fit a frame however long their ids are."""
+_encoder: Final = msgspec.msgpack.Encoder()
 
 
 class Outbox:
     """Messages on their way to a hub, and what is remembered of the requests they are about.
+
+    Requests stand under the names that the wire takes, see :func:`melodi_otel.hub.limits.name`.
 
     Args:
         group: the group token of this program's requests.
@@ -67,7 +57,7 @@ class Outbox:
 
     Attributes:
         pending: closed requests whose joules are awaited.
-        opened: open requests and since when (monotonic ns).
+        opened: open requests.
         accrued: what the hub last acknowledged of them.
         counts: what was lost for want of room.
     """
@@ -76,13 +66,15 @@ class Outbox:
         self.group: Final = group
         self.pending: dict[str, Pending] = {}
         self.accrued: dict[str, list[Share]] = {}
-        self.opened: dict[str, int] = {}
+        self.opened: dict[str, Since] = {}
         self.counts = Counts()
         self.devices: Mapping[str, Device] = {}
         self._now_ns = now_ns
         self._probes: dict[str, Probe] = {}
         self._outbox: deque[wire.Message | _Closing] = deque()
         self._newest: dict[str, wire.Progressed] = {}
+        self._unseen = 0
+        self._summing = threading.Lock()
         self._number = 0
         self._batch: list[wire.Message] | None = None
         self._ident = 0
@@ -115,9 +107,25 @@ class Outbox:
         experts: int | None = None,
         experts_per_token: int | None = None,
     ) -> None:
-        facts = (parameters, active_parameters, kv_bytes_per_token, layers, hidden, experts, experts_per_token)
-        named = None if devices is None else list(devices)
-        self._put(wire.EngineTold(engine.number, t_ns, state, _cut(model), named, world, list(pids), facts))
+        number = limits.count(engine.number)
+        if number is None or not self._room(4):
+            self._dropped()
+            return
+        facts = (
+            limits.number(parameters),
+            limits.number(active_parameters),
+            limits.number(kv_bytes_per_token),
+            limits.count(layers),
+            limits.count(hidden),
+            limits.count(experts),
+            limits.count(experts_per_token),
+        )
+        seen = [pid for pid in map(limits.count, pids) if pid is not None]
+        named = limits.names(devices)
+        told = wire.EngineTold(
+            number, limits.time(t_ns), state, limits.text(model), named, limits.count(world), seen, facts
+        )
+        self._put(told)
 
     def open(
         self,
@@ -138,21 +146,21 @@ class Outbox:
         if not self._room(4):
             self.counts = replace(self.counts, requests=self.counts.requests + 1)
             return
-        request = key.request
+        request = limits.name(key.request)
         if probe is not None:
             self._probes[request] = probe
-        self.opened[request] = t_ns
+        self.opened[request] = Since(t_ns, devices)
         self._put(
             wire.Opened(
                 request,
-                t_ns,
-                None if engine is None else engine.number,
-                None if devices is None else list(devices),
-                _cut(model),
-                prompt_tokens,
-                cached_tokens,
-                {name[:_NAME]: value[:_NAME] for name, value in (labels or {}).items()},
-                None if parent is None else parent.request,
+                limits.time(t_ns),
+                None if engine is None else limits.count(engine.number),
+                limits.names(devices),
+                limits.text(model),
+                limits.count(prompt_tokens),
+                limits.count(cached_tokens),
+                limits.labels(labels),
+                None if parent is None else limits.name(parent.request),
                 thread is not None,
                 probe is not None,
                 late,
@@ -160,12 +168,20 @@ class Outbox:
         )
 
     def unseen(self, t_ns: int, change: int) -> None:
-        """See :meth:`melodi_otel.attribution.ledger.Ledger.unseen`."""
-        self._put(wire.Unseen(t_ns, change))
+        """See :meth:`melodi_otel.attribution.ledger.Ledger.unseen`; without room the changes wait as their sum."""
+        if self._room(1):
+            self._put(wire.Unseen(limits.time(t_ns), change))
+        else:
+            with self._summing:
+                self._unseen += change
 
     def bind(self, key: Key, child_id: str) -> None:
-        if key.request in self.opened:
-            self._put(wire.Bound(key.request, child_id))
+        request = limits.name(key.request)
+        if request in self.opened:
+            if self._room(4):
+                self._put(wire.Bound(request, limits.name(child_id)))
+            else:
+                self._dropped()
 
     def progress(
         self,
@@ -177,16 +193,29 @@ class Outbox:
         prompt_tokens: int | None = None,
         cached_tokens: int | None = None,
     ) -> None:
-        if key.request not in self.opened:
+        request, tokens = limits.name(key.request), limits.count(output_tokens)
+        if request not in self.opened or tokens is None:
             return
-        told = wire.Progressed(key.request, t_ns, output_tokens, first_token_ns, prompt_tokens, cached_tokens)
+        told = wire.Progressed(
+            request,
+            limits.time(t_ns),
+            tokens,
+            limits.time_if(first_token_ns),
+            limits.count(prompt_tokens),
+            limits.count(cached_tokens),
+        )
         if self._batch is not None and threading.get_ident() == self._ident:
             self._batch.append(told)
-        elif self._room(1):
+            return
+        before = (
+            self._newest.pop(request, None) if self._newest else None
+        )  # older counts must not come after newer ones
+        if before is not None:
+            told = _newer(before, told)
+        if self._room(1):
             self._put(told)
         else:
-            before = self._newest.get(key.request)
-            self._newest[key.request] = told if before is None else _newer(before, told)
+            self._newest[request] = told
 
     def step(
         self,
@@ -204,25 +233,33 @@ class Outbox:
         left: Sequence[str] = (),
     ) -> bool:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`; False: there was no room, and it is lost."""
+        of, on, number = limits.count(engine.number), limits.count(lane), limits.count(seq)
+        rows, total = limits.count(decode[0]), limits.count(decode[1])
+        if of is None or on is None or number is None or rows is None or total is None:
+            self._dropped()
+            return False
         told = wire.Stepped(
-            engine.number,
-            lane,
-            seq,
-            t0_ns,
-            t1_ns,
-            None if devices is None else list(devices),
-            decode,
-            list(prefill),
-            list(computed),
-            list(joined),
-            list(left),
+            of,
+            on,
+            number,
+            limits.time(t0_ns),
+            limits.time(t1_ns),
+            limits.names(devices),
+            Decode(rows, total),
+            limits.prefills(prefill),
+            limits.prefills(computed),
+            limits.joins(joined),
+            [limits.name(gone) for gone in left],
         )
+        if not _fits(told):
+            self._dropped()
+            return False
         if self._batch is not None and threading.get_ident() == self._ident:
             self._batch.append(told)  # a probe hands it over: it comes before whatever follows the probe
         elif self._room(1):
             self._put(told)
         else:
-            self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+            self._dropped()
             return False
         return True
 
@@ -239,57 +276,92 @@ class Outbox:
     ) -> Future[list[Share]]:
         """See :meth:`melodi_otel.attribution.meter.Meter.close`."""
         future: Future[list[Share]] = Future()
-        request = key.request
-        open_ns = self.opened.pop(request, None)
-        if open_ns is None or not self._room(4):
-            if open_ns is not None:
-                self.counts = replace(self.counts, requests=self.counts.requests + 1)
-                self._probes.pop(request, None)
-                self._put(wire.Forgone(request))
-            future.set_result(self.unknown(key, t_ns if open_ns is None else open_ns, t_ns, "overflow"))
+        request = limits.name(key.request)
+        opened = self.opened.pop(request, None)
+        last = self._newest.pop(request, None)
+        if opened is None:
+            future.set_result(self.unknown(key, Since(t_ns, None), t_ns, "overflow"))
             return future
-        self.pending[request] = Pending(future, open_ns, t_ns)
-        closed = wire.Closed(request, t_ns, output_tokens, outcome, first_token_ns, prompt_tokens, cached_tokens)
+        closed = wire.Closed(
+            request,
+            limits.time(t_ns),
+            limits.count(output_tokens),
+            outcome,
+            limits.time_if(first_token_ns) or (last and last.first_token_ns),
+            limits.count(prompt_tokens) if prompt_tokens is not None else last and last.prompt_tokens,
+            limits.count(cached_tokens) if cached_tokens is not None else last and last.cached_tokens,
+        )
+        if not self._room(4):
+            # The hub has to hear that it is over all the same, or it would go on paying: at most as many as were opened.
+            self.counts = replace(self.counts, requests=self.counts.requests + 1)
+            self.accrued.pop(request, None)
+            self._put(wire.Forgone(request))
+            self._put(_Closing(closed))
+            future.set_result(self.unknown(key, opened, t_ns, "overflow"))
+            return future
+        self.pending[request] = Pending(key, future, opened, t_ns)
         self._put(_Closing(closed))
         return future
 
     def observe(self, record: RequestRecord) -> None:
         """Let the hub show this finished request."""
         if not self._room(1):
-            self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
+            self._dropped()
             return
         energy = record.energy
         sampled = record.sampled and record.trace_id and record.span_id
+        start_ns = limits.time(record.start_ns)
         self._put(
             wire.Observed(
-                record.key.request,
-                _cut(record.operation),
-                _cut(record.provider),
-                _cut(record.model),
-                record.start_ns,
-                max(record.end_ns, record.start_ns),
-                record.first_token_ns,
-                record.prompt_tokens,
-                record.output_tokens,
+                limits.name(record.key.request),
+                limits.text(record.operation),
+                limits.text(record.provider),
+                limits.text(record.model),
+                start_ns,
+                max(limits.time(record.end_ns), start_ns),
+                limits.time_if(record.first_token_ns),
+                limits.count(record.prompt_tokens),
+                limits.count(record.output_tokens),
                 record.outcome,
-                _cut(record.error_type),
+                limits.text(record.error_type),
                 record.instrumented,
                 energy.total,
                 energy.scope,
                 energy.quality,
                 record.trace_id.to_bytes(16, "big") if sampled else b"",
                 record.span_id.to_bytes(8, "big") if sampled else b"",
-                {name[:_NAME]: value[:_NAME] for name, value in record.labels.items()},
+                limits.labels(record.labels),
             )
         )
 
-    def unknown(self, key: Key, t0_ns: int, t1_ns: int, reason: Reason) -> list[Share]:
-        """Shares that say why nothing is known, one per device."""
+    def unknown(self, key: Key, opened: Since, t1_ns: int, reason: Reason) -> list[Share]:
+        """Shares that say why nothing is known, one per device that the request may have used."""
+        named = opened.devices
         return [
-            Share(key, device, t0_ns, t1_ns, *([None] * 6), method="equal", quality="unavailable", coverage=0.0,
+            Share(key, device, opened.t_ns, t1_ns, *([None] * 6), method="equal", quality="unavailable", coverage=0.0,
                   concurrency=1.0, final_ns=self._now_ns(), reason=reason)
-            for device, known in self.devices.items() if known.type != "host"
+            for device, known in self.devices.items()
+            if known.type in ("cpu", "memory") or (known.type != "host" and (named is None or device in named))
         ]  # fmt: skip
+
+    # --- when the hub is gone or left ---
+
+    def give_up(self) -> list[tuple[Pending, list[Share]]]:
+        """Every closed request that waits, with what the hub acknowledged of it; nobody else resolves them any more."""
+        found: list[tuple[Pending, list[Share]]] = []
+        for request in list(self.pending):
+            pending = self.pending.pop(request, None)
+            if pending is not None:
+                found.append((pending, self.accrued.pop(request, [])))
+        return found
+
+    def so_far(self, key: Key) -> list[Share]:
+        """What the hub last acknowledged of an open request."""
+        return self.accrued.get(limits.name(key.request), [])
+
+    def since(self, key: Key, otherwise: Since) -> Since:
+        """Since when an open request is known here."""
+        return self.opened.get(limits.name(key.request), otherwise)
 
     # --- for the thread that sends ---
 
@@ -297,11 +369,13 @@ class Outbox:
         """Queue the progress of every request that has a probe, and the answer."""
         # Steps that a probe hands over go into the same batch, before the count that it answers.
         batch = self._batch = []
-        now_ns = self._now_ns()
+        now_ns = limits.time(self._now_ns())
         try:
             for request, probe in list(self._probes.items()):
+                if request not in self.opened:
+                    continue  # its close waits in the outbox, and its last steps come before that
                 tokens = self._probe(request, probe)
-                if tokens is not None and request in self.opened:
+                if tokens is not None:
                     batch.append(wire.Progressed(request, now_ns, tokens))
         finally:
             self._batch = None
@@ -311,7 +385,7 @@ class Outbox:
 
     def _probe(self, request: str, probe: Probe) -> int | None:
         try:
-            return probe()
+            return limits.count(probe())
         except Exception:
             log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
             self._probes.pop(request, None)
@@ -334,15 +408,39 @@ class Outbox:
                     batch.append(item)
             if not outbox and self._newest:
                 newest, self._newest = self._newest, {}
-                batch += [told for request, told in newest.items() if request in self.opened]
+                # A list: a thread that held the old one may put something into it just now.
+                batch += [told for request, told in list(newest.items()) if request in self.opened]
+            if not outbox and self._unseen:
+                with self._summing:
+                    change, self._unseen = self._unseen, 0
+                batch.append(wire.Unseen(limits.time(self._now_ns()), change))
         finally:
             self._batch = None
-        frames = list(wire.encode_all(self._number, batch))
+        frames = self._frames_of(batch)
         self._number += len(frames)
         return b"".join(frames)
 
+    def _frames_of(self, batch: list[wire.Message]) -> list[bytes]:
+        try:
+            return list(wire.encode_all(self._number, batch))
+        except Exception:
+            log.debug("melodi_otel: a message cannot be told to the hub", exc_info=True)
+        # One that no encoder takes must not cost all others their hub.
+        sound: list[wire.Message] = []
+        for message in batch:
+            try:
+                wire.encode(0, [message])
+            except Exception:
+                self._dropped()
+            else:
+                sound.append(message)
+        return list(wire.encode_all(self._number, sound))
+
     def _room(self, times: int) -> bool:
         return len(self._outbox) < times * CAPACITY
+
+    def _dropped(self) -> None:
+        self.counts = replace(self.counts, dropped=self.counts.dropped + 1)
 
     def _put(self, message: wire.Message | _Closing) -> None:
         self._outbox.append(message)
@@ -376,5 +474,9 @@ def _newer(before: wire.Progressed, told: wire.Progressed) -> wire.Progressed:
     )
 
 
-def _cut(text: str | None) -> str | None:
-    return None if text is None else text[:_NAME]
+def _fits(told: wire.Stepped) -> bool:
+    """Whether a step fits one frame; one that does not would be left out without a word."""
+    rows = len(told.prefill) + len(told.computed) + len(told.joined) + len(told.left)
+    if rows <= _FEW_ROWS:
+        return True
+    return len(_encoder.encode(told)) < wire.FRAME_LIMIT - 64

@@ -99,6 +99,7 @@ def test_labels_reach_span_record_and_metrics(config: Config) -> None:
         labels="tenant=baggage:tenant.id,team=resource:team",
         metric_labels=("tenant",),
         label_limit=1,
+        hub="local",
     )
     reader, captured = InMemoryMetricReader(), CapturedSpans()
     metrics = MeterProvider([reader], shutdown_on_exit=False)
@@ -132,7 +133,7 @@ def test_metric_labels_must_exist() -> None:
     with pytest.raises(
         ConfigError, match=r"MELODI_METRIC_LABELS='tenant' cannot be used: tenant is not in MELODI_LABELS"
     ):
-        Runtime(Config(metric_labels=("tenant",)), environ={})
+        Runtime(Config(metric_labels=("tenant",), hub="local"), environ={})
 
 
 def test_trace_that_cannot_be_written(config: Config) -> None:

@@ -55,7 +55,7 @@ class Site:
         self._traces.add_span_processor(self.spans)
         settings = {"labels": "tenant=header:x-tenant-id", "metric_labels": ("tenant",), "span_wait": 0.0, **config}
         self.runtime = Runtime(
-            Config(sysfs_root=str(root), sources=("rapl",), metrics_addr="127.0.0.1:0", **settings),
+            Config(hub="local", sysfs_root=str(root), sources=("rapl",), metrics_addr="127.0.0.1:0", **settings),
             clock=self.clock,
             environ={},
             tracer_provider=self._traces,
