@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from melodi_otel.attribution.meter import Share
 from melodi_otel.attribution.record import RequestRecord
-from melodi_otel.hub import limits, wire
+from melodi_otel.hub import fitting, wire
 from melodi_otel.hub.outbox import Outbox
 from melodi_otel.hub.wire import Told
 
@@ -117,7 +117,7 @@ class HubClient(Outbox):
         number = next(self._asked)
         question: Future[Any] = Future()
         self._questions[number] = question
-        self._put(wire.Between(number, limits.name(device), limits.time(t0_ns), limits.time(t1_ns)))
+        self._put(wire.Between(number, fitting.name(device), fitting.time(t0_ns), fitting.time(t1_ns)))
         try:
             return question.result(timeout)
         except TimeoutError:
@@ -291,8 +291,8 @@ class Onwards:
 def replace_resume(hello: wire.Hello, resume: Sequence[str]) -> wire.Hello:
     """The same greeting, within the wire's limits, that asks for these requests."""
     return wire.Hello(
-        hello.version, hello.release, hello.name, limits.name(hello.group), hello.alone, limits.text(hello.service),
-        limits.text(hello.namespace), hello.renders, limits.fits(resume),
+        hello.version, hello.release, hello.name, fitting.name(hello.group), hello.alone, fitting.text(hello.service),
+        fitting.text(hello.namespace), hello.renders, fitting.fits(resume),
     )  # fmt: skip
 
 

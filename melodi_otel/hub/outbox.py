@@ -33,7 +33,7 @@ from melodi_otel.attribution.meter import (
 )
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.devices import Device
-from melodi_otel.hub import limits, wire
+from melodi_otel.hub import fitting, wire
 from melodi_otel.hub.pending import Counts, Pending, Since
 
 log = logging.getLogger("melodi_otel")
@@ -49,7 +49,7 @@ _encoder: Final = msgspec.msgpack.Encoder()
 class Outbox:
     """Messages on their way to a hub, and what is remembered of the requests they are about.
 
-    Requests stand under the names that the wire takes, see :func:`melodi_otel.hub.limits.name`.
+    Requests stand under the names that the wire takes, see :func:`melodi_otel.hub.fitting.name`.
 
     Args:
         group: the group token of this program's requests.
@@ -107,23 +107,23 @@ class Outbox:
         experts: int | None = None,
         experts_per_token: int | None = None,
     ) -> None:
-        number = limits.count(engine.number)
+        number = fitting.count(engine.number)
         if number is None or not self._room(4):
             self._dropped()
             return
         facts = (
-            limits.number(parameters),
-            limits.number(active_parameters),
-            limits.number(kv_bytes_per_token),
-            limits.count(layers),
-            limits.count(hidden),
-            limits.count(experts),
-            limits.count(experts_per_token),
+            fitting.number(parameters),
+            fitting.number(active_parameters),
+            fitting.number(kv_bytes_per_token),
+            fitting.count(layers),
+            fitting.count(hidden),
+            fitting.count(experts),
+            fitting.count(experts_per_token),
         )
-        seen = [pid for pid in map(limits.count, pids) if pid is not None]
-        named = limits.names(devices)
+        seen = [pid for pid in map(fitting.count, pids) if pid is not None]
+        named = fitting.names(devices)
         told = wire.EngineTold(
-            number, limits.time(t_ns), state, limits.text(model), named, limits.count(world), seen, facts
+            number, fitting.time(t_ns), state, fitting.text(model), named, fitting.count(world), seen, facts
         )
         self._put(told)
 
@@ -146,21 +146,21 @@ class Outbox:
         if not self._room(4):
             self.counts = replace(self.counts, requests=self.counts.requests + 1)
             return
-        request = limits.name(key.request)
+        request = fitting.name(key.request)
         if probe is not None:
             self._probes[request] = probe
         self.opened[request] = Since(t_ns, devices)
         self._put(
             wire.Opened(
                 request,
-                limits.time(t_ns),
-                None if engine is None else limits.count(engine.number),
-                limits.names(devices),
-                limits.text(model),
-                limits.count(prompt_tokens),
-                limits.count(cached_tokens),
-                limits.labels(labels),
-                None if parent is None else limits.name(parent.request),
+                fitting.time(t_ns),
+                None if engine is None else fitting.count(engine.number),
+                fitting.names(devices),
+                fitting.text(model),
+                fitting.count(prompt_tokens),
+                fitting.count(cached_tokens),
+                fitting.labels(labels),
+                None if parent is None else fitting.name(parent.request),
                 thread is not None,
                 probe is not None,
                 late,
@@ -170,16 +170,16 @@ class Outbox:
     def unseen(self, t_ns: int, change: int) -> None:
         """See :meth:`melodi_otel.attribution.ledger.Ledger.unseen`; without room the changes wait as their sum."""
         if self._room(1):
-            self._put(wire.Unseen(limits.time(t_ns), change))
+            self._put(wire.Unseen(fitting.time(t_ns), change))
         else:
             with self._summing:
                 self._unseen += change
 
     def bind(self, key: Key, child_id: str) -> None:
-        request = limits.name(key.request)
+        request = fitting.name(key.request)
         if request in self.opened:
             if self._room(4):
-                self._put(wire.Bound(request, limits.name(child_id)))
+                self._put(wire.Bound(request, fitting.name(child_id)))
             else:
                 self._dropped()
 
@@ -193,16 +193,16 @@ class Outbox:
         prompt_tokens: int | None = None,
         cached_tokens: int | None = None,
     ) -> None:
-        request, tokens = limits.name(key.request), limits.count(output_tokens)
+        request, tokens = fitting.name(key.request), fitting.count(output_tokens)
         if request not in self.opened or tokens is None:
             return
         told = wire.Progressed(
             request,
-            limits.time(t_ns),
+            fitting.time(t_ns),
             tokens,
-            limits.time_if(first_token_ns),
-            limits.count(prompt_tokens),
-            limits.count(cached_tokens),
+            fitting.time_if(first_token_ns),
+            fitting.count(prompt_tokens),
+            fitting.count(cached_tokens),
         )
         if self._batch is not None and threading.get_ident() == self._ident:
             self._batch.append(told)
@@ -233,8 +233,8 @@ class Outbox:
         left: Sequence[str] = (),
     ) -> bool:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`; False: there was no room, and it is lost."""
-        of, on, number = limits.count(engine.number), limits.count(lane), limits.count(seq)
-        rows, total = limits.count(decode[0]), limits.count(decode[1])
+        of, on, number = fitting.count(engine.number), fitting.count(lane), fitting.count(seq)
+        rows, total = fitting.count(decode[0]), fitting.count(decode[1])
         if of is None or on is None or number is None or rows is None or total is None:
             self._dropped()
             return False
@@ -242,14 +242,14 @@ class Outbox:
             of,
             on,
             number,
-            limits.time(t0_ns),
-            limits.time(t1_ns),
-            limits.names(devices),
+            fitting.time(t0_ns),
+            fitting.time(t1_ns),
+            fitting.names(devices),
             Decode(rows, total),
-            limits.prefills(prefill),
-            limits.prefills(computed),
-            limits.joins(joined),
-            [limits.name(gone) for gone in left],
+            fitting.prefills(prefill),
+            fitting.prefills(computed),
+            fitting.joins(joined),
+            [fitting.name(gone) for gone in left],
         )
         if not _fits(told):
             self._dropped()
@@ -276,7 +276,7 @@ class Outbox:
     ) -> Future[list[Share]]:
         """See :meth:`melodi_otel.attribution.meter.Meter.close`."""
         future: Future[list[Share]] = Future()
-        request = limits.name(key.request)
+        request = fitting.name(key.request)
         opened = self.opened.pop(request, None)
         last = self._newest.pop(request, None)
         if opened is None:
@@ -284,12 +284,12 @@ class Outbox:
             return future
         closed = wire.Closed(
             request,
-            limits.time(t_ns),
-            limits.count(output_tokens),
+            fitting.time(t_ns),
+            fitting.count(output_tokens),
             outcome,
-            limits.time_if(first_token_ns) or (last and last.first_token_ns),
-            limits.count(prompt_tokens) if prompt_tokens is not None else last and last.prompt_tokens,
-            limits.count(cached_tokens) if cached_tokens is not None else last and last.cached_tokens,
+            fitting.time_if(first_token_ns) or (last and last.first_token_ns),
+            fitting.count(prompt_tokens) if prompt_tokens is not None else last and last.prompt_tokens,
+            fitting.count(cached_tokens) if cached_tokens is not None else last and last.cached_tokens,
         )
         if not self._room(4):
             # The hub has to hear that it is over all the same, or it would go on paying: at most as many as were opened.
@@ -310,27 +310,27 @@ class Outbox:
             return
         energy = record.energy
         sampled = record.sampled and record.trace_id and record.span_id
-        start_ns = limits.time(record.start_ns)
+        start_ns = fitting.time(record.start_ns)
         self._put(
             wire.Observed(
-                limits.name(record.key.request),
-                limits.text(record.operation),
-                limits.text(record.provider),
-                limits.text(record.model),
+                fitting.name(record.key.request),
+                fitting.text(record.operation),
+                fitting.text(record.provider),
+                fitting.text(record.model),
                 start_ns,
-                max(limits.time(record.end_ns), start_ns),
-                limits.time_if(record.first_token_ns),
-                limits.count(record.prompt_tokens),
-                limits.count(record.output_tokens),
+                max(fitting.time(record.end_ns), start_ns),
+                fitting.time_if(record.first_token_ns),
+                fitting.count(record.prompt_tokens),
+                fitting.count(record.output_tokens),
                 record.outcome,
-                limits.text(record.error_type),
+                fitting.text(record.error_type),
                 record.instrumented,
                 energy.total,
                 energy.scope,
                 energy.quality,
                 record.trace_id.to_bytes(16, "big") if sampled else b"",
                 record.span_id.to_bytes(8, "big") if sampled else b"",
-                limits.labels(record.labels),
+                fitting.labels(record.labels),
             )
         )
 
@@ -357,11 +357,11 @@ class Outbox:
 
     def so_far(self, key: Key) -> list[Share]:
         """What the hub last acknowledged of an open request."""
-        return self.accrued.get(limits.name(key.request), [])
+        return self.accrued.get(fitting.name(key.request), [])
 
     def since(self, key: Key, otherwise: Since) -> Since:
         """Since when an open request is known here."""
-        return self.opened.get(limits.name(key.request), otherwise)
+        return self.opened.get(fitting.name(key.request), otherwise)
 
     # --- for the thread that sends ---
 
@@ -369,7 +369,7 @@ class Outbox:
         """Queue the progress of every request that has a probe, and the answer."""
         # Steps that a probe hands over go into the same batch, before the count that it answers.
         batch = self._batch = []
-        now_ns = limits.time(self._now_ns())
+        now_ns = fitting.time(self._now_ns())
         try:
             for request, probe in list(self._probes.items()):
                 if request not in self.opened:
@@ -385,7 +385,7 @@ class Outbox:
 
     def _probe(self, request: str, probe: Probe) -> int | None:
         try:
-            return limits.count(probe())
+            return fitting.count(probe())
         except Exception:
             log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
             self._probes.pop(request, None)
@@ -413,7 +413,7 @@ class Outbox:
             if not outbox and self._unseen:
                 with self._summing:
                     change, self._unseen = self._unseen, 0
-                batch.append(wire.Unseen(limits.time(self._now_ns()), change))
+                batch.append(wire.Unseen(fitting.time(self._now_ns()), change))
         finally:
             self._batch = None
         frames = self._frames_of(batch)

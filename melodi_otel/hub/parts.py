@@ -12,7 +12,7 @@ from typing import Any
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import Key, Share
-from melodi_otel.hub import limits
+from melodi_otel.hub import fitting
 from melodi_otel.hub.client import HubClient, give
 from melodi_otel.hub.pending import Since
 from melodi_otel.hub.wire import Told
@@ -49,7 +49,7 @@ class Kept:
         """Ask how far it is, and for its steps: what it did until a move belongs to the meter that it leaves."""
         probe = self.told["probe"]
         try:
-            tokens = None if probe is None else limits.count(probe())
+            tokens = None if probe is None else fitting.count(probe())
         except Exception:
             log.debug("melodi_otel: a probe failed", exc_info=True)
             return
@@ -110,7 +110,7 @@ def settle_orphans(orphans: Sequence[Orphan], resumed: Mapping[str, Told]) -> No
     """Give every orphan what the next hub knows of it (``resumed``), else what was acknowledged."""
     once = dict(resumed)
     for orphan in orphans:
-        told = once.pop(limits.name(orphan.key.request), None)
+        told = once.pop(fitting.name(orphan.key.request), None)
         if told is not None and told.final:
             give(orphan.part, [keyed(share, orphan.key) for share in told.shares])
             continue

@@ -12,7 +12,7 @@ from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.attribution.summary import unavailable
 from melodi_otel.devices import Device
-from melodi_otel.hub import limits, outbox, wire
+from melodi_otel.hub import fitting, outbox, wire
 from melodi_otel.hub.outbox import Outbox
 
 ENGINE = EngineId("g", 0)
@@ -165,7 +165,7 @@ def test_names_fit_the_wire(box: Outbox) -> None:
     box.observe(record(key=key, model=LONG, provider=LONG, error_type=LONG, end_ns=0, output_tokens=-1, labels=labels))
     told = sent(box)
     engine, opened, bound, progressed, step, closed, observed = told
-    name = limits.name(LONG)
+    name = fitting.name(LONG)
     assert (len(name), name[:960]) == (993, LONG[:960])
     assert (len(engine.model), engine.world, engine.pids, engine.facts[0], engine.facts[3]) == (
         1024,
@@ -184,9 +184,9 @@ def test_names_fit_the_wire(box: Outbox) -> None:
 
 def test_long_ids_stay_apart() -> None:
     """Two ids that begin alike stay two, and one stays itself."""
-    assert limits.name(LONG + "a") != limits.name(LONG + "b")
-    assert limits.name(LONG) == limits.name(LONG)
-    assert len({limits.name("é" * 3000 + end) for end in "ab"}) == 2
+    assert fitting.name(LONG + "a") != fitting.name(LONG + "b")
+    assert fitting.name(LONG) == fitting.name(LONG)
+    assert len({fitting.name("é" * 3000 + end) for end in "ab"}) == 2
 
 
 def test_counts_of_other_types() -> None:
@@ -196,7 +196,7 @@ def test_counts_of_other_types() -> None:
         def __index__(self) -> int:
             return 7
 
-    assert [limits.count(value) for value in (Seven(), 0, None, "7", 7.0, -1, 1 << 49)] == [
+    assert [fitting.count(value) for value in (Seven(), 0, None, "7", 7.0, -1, 1 << 49)] == [
         7,
         0,
         None,
@@ -205,7 +205,7 @@ def test_counts_of_other_types() -> None:
         None,
         None,
     ]
-    assert type(limits.count(True)) is int
+    assert type(fitting.count(True)) is int
 
 
 def test_one_message_that_no_encoder_takes(box: Outbox) -> None:
@@ -261,7 +261,7 @@ def test_the_last_probe_comes_before_the_close(box: Outbox) -> None:
 def test_a_greeting_always_fits() -> None:
     """However many requests are asked for again: the greeting is one frame."""
     ids = [f"{number:0900d}" for number in range(5000)]
-    kept = limits.fits(ids)
+    kept = fitting.fits(ids)
     assert kept == ids[: len(kept)]
     hello = wire.Hello(1, "0", "n", "g", True, None, None, False, kept)
     assert 800_000 < len(wire.encode(0, [hello])) < wire.FRAME_LIMIT
