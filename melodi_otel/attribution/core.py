@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Final
 
 from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
@@ -24,6 +25,9 @@ from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
+
+NESTED: Final = 64
+"""Requests in requests in requests; one that is deeper is nobody's child."""
 
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
@@ -178,7 +182,7 @@ class Core:
             state.open[id(activity)] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
-        if outer is not None:
+        if outer is not None and _may_hold(outer, activity):
             activity.parent = outer
             outer.nested.append(activity)
 
@@ -191,6 +195,8 @@ class Core:
             return
         stray = self.roster.bind(activity, child_id)
         if stray is not None:
+            if self.closing.get(stray.key) is stray:
+                del self.closing[stray.key]  # its joules are the request's now, and settle with it alone
             self.roster.merge(stray, activity, self.accounts.values())
 
     def progress(
@@ -437,6 +443,18 @@ class Core:
             activity.future.set_result(shares)
         except Exception:
             log.warning("melodi_otel: a listener to finished requests failed", exc_info=True)
+
+
+def _may_hold(outer: Activity, inner: Activity) -> bool:
+    """Whether ``inner`` may be nested in ``outer``: nobody is inside itself, and not deeper than anybody programs."""
+    above: Activity | None = outer
+    for _ in range(NESTED):
+        if above is None:
+            return True
+        if above is inner:
+            return False
+        above = above.parent
+    return False
 
 
 def _ask(activity: Activity) -> int | None:

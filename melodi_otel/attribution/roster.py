@@ -72,7 +72,7 @@ class Roster:
 
     def _stray(self, key: Key, t0_ns: int) -> Activity:
         found = self.activities.get(key)
-        if found is not None and found.anonymous:
+        if found is not None:
             return found  # also one that is closing: a second one under its key would push its joules out of the books
         stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
         return stray

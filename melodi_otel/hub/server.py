@@ -21,12 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.state import State
 from melodi_otel.devices import Device
 from melodi_otel.hub import wire
-from melodi_otel.hub.journal import Journal, Promise
-from melodi_otel.hub.session import Books, Refusals, Session, chunks
+from melodi_otel.hub.journal import FRESH_S, Journal, Promise
+from melodi_otel.hub.limits import Names, Refusals
+from melodi_otel.hub.session import Books, Session, chunks
 
 log = logging.getLogger("melodi_otel")
 
@@ -118,7 +120,8 @@ class Server:
         self._finished: dict[Session, list[wire.Told]] = {}
         self._round: asyncio.TimerHandle | None = None
         self._asks = 0
-        self._journaled_ns = 0
+        self._accrued_ns = self._started_ns = now_ns()
+        self._names: dict[int | None, Names] = {}
         self._queued = False
         self._stopped = threading.Event()
         self.refusals: Final = Refusals()
@@ -181,10 +184,7 @@ class Server:
 
     def _leave(self) -> None:
         self._settle()
-        try:
-            self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
-        except Exception:
-            log.exception("the last joules could not be told")
+        self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
         for connection in list(self._sessions.values()):
             connection.transport.close()
         self._loop.call_later(0.05, self._loop.stop)
@@ -219,13 +219,16 @@ class Server:
         if self._round is not None:
             self._round.cancel()
             self._round = None
+            for session in self._sessions:
+                session.asked = None  # an answer that comes later is none
         try:
             self._books.settle(self._now_ns())
-            self._deliver(accrued=False)
         except Exception:
             log.exception("settling failed; it goes on with the next reading")
+        self._deliver(accrued=False)
 
     def _deliver(self, *, accrued: bool) -> None:
+        """Tell final joules, and with ``accrued`` those of open requests so far; into the journal first. Never raises."""
         finished, self._finished = self._finished, {}
         news: list[tuple[Session, int, list[wire.Told]]] = []
         for session, told in finished.items():
@@ -234,27 +237,39 @@ class Server:
         if not news and not accrued:
             return
         now_ns = self._now_ns()
-        state = self._books.state(now_ns)
-        promises = [
+        try:
+            state = self._books.state(now_ns)
+            self._journal.save(self._host.hub, state, self._promises(now_ns))
+        except Exception:
+            log.exception("the journal cannot be written; without one the books start anew after this hub")
+            self._journal.remove()  # an older one would give joules twice that are told now
+            state = None
+        for session, number, told in news:
+            self._sessions[session].send([wire.Settled(number, told)])
+        if accrued and state is not None:
+            self._accrued_ns = now_ns
+            so_far: dict[str, list[wire.Told]] = {}
+            for key, known in accrued_in(state).items():
+                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, known))
+            for session, connection in self._sessions.items():
+                mine = [told for told in so_far.get(session.group, ()) if told.request in session.open]
+                connection.send([wire.Accrued(now_ns, part) for part in chunks(mine) or [[]]])
+
+    def _promises(self, now_ns: int) -> list[Promise]:
+        """All joules that are some request's and of which it is not certain that its program knows them."""
+        owed = [
             Promise(session.group, told.request, told.shares)
             for session in self._sessions
             for _, batch in session.undelivered
             for told in batch
         ]
-        self._journal.save(self._host.hub, state, promises)
-        self._journaled_ns = now_ns
-        for session, number, told in news:
-            self._sessions[session].send([wire.Settled(number, told)])
-        if accrued:
-            shares: dict[Key, list[Share]] = {}
-            for share in state.accrued:
-                shares.setdefault(share.key, []).append(share)
-            so_far: dict[str, list[wire.Told]] = {}
-            for key, known in shares.items():
-                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, known))
-            for session, connection in self._sessions.items():
-                mine = [told for told in so_far.get(session.group, []) if told.request in session.open]
-                connection.send([wire.Accrued(now_ns, part) for part in chunks(mine)] or [wire.Accrued(now_ns, [])])
+        if self._known and now_ns - self._started_ns > FRESH_S * 1e9:
+            self._known.clear()  # nobody comes for them any more
+        waiting = [self._known, *(session.resumed for session in self._sessions)]
+        owed += [
+            Promise(key.group, key.request, shares, final) for one in waiting for key, (final, shares) in one.items()
+        ]
+        return owed
 
     def _alive(self) -> None:
         self._loop.call_later(ALIVE_S, self._alive)
@@ -262,7 +277,7 @@ class Server:
             if not self._round:
                 self._stir()  # what waits for patience alone is not woken by any reading
             now_ns = self._now_ns()
-            if now_ns - self._journaled_ns >= JOURNAL_S * 1e9 or self._finished:
+            if now_ns - self._accrued_ns >= JOURNAL_S * 1e9:
                 self._deliver(accrued=True)
             else:
                 for connection in self._sessions.values():
@@ -275,7 +290,8 @@ class Server:
     def connected(self, connection: Connection, sock: socket.socket) -> Session | None:
         """A new connection; None: it may not come in."""
         pid, uid = self._peer(sock)
-        session = Session(self._books, uid, pid, self._done, self._host.observed, self.refusals)
+        names = self._names.setdefault(uid, Names())
+        session = Session(self._books, uid, pid, self._done, self._host.observed, self.refusals, names)
         same = sum(1 for other in self._sessions if other.uid == uid) + sum(
             1 for other in self.waiting if other.uid == uid
         )
@@ -304,8 +320,10 @@ class Server:
             log.exception("a program's CPU time cannot be read")
         resumed: list[wire.Told] = []
         for request in hello.resume:
-            found = self._known.pop(Key(session.group, request), None)
+            key = Key(session.group, request)
+            found = self._known.pop(key, None)
             if found is not None:
+                session.resumed[key] = found
                 resumed.append(wire.Told(request, found[0], found[1]))
         parts = chunks(resumed) or [[]]
         welcome = wire.Welcome(
@@ -329,6 +347,7 @@ class Server:
         if self._sessions.pop(session, None) is None:
             return
         now_ns = self._now_ns()
+        self._known.update(session.resumed)  # it may have gone before it heard of them
         session.leave(now_ns)
         self._finished.pop(session, None)
         if not any(other.group == session.group for other in self._sessions):
@@ -343,11 +362,14 @@ class Server:
 
     def answer(self, connection: Connection, message: wire.Between | wire.StatusAsked) -> None:
         """A question that needs no rights beyond the connection."""
-        if isinstance(message, wire.Between):
-            joules = self._books.between(message.device, message.t0_ns, message.t1_ns)
-            connection.send([wire.BetweenAnswered(message.question, joules)])
-        else:
-            connection.send([wire.StatusAnswered(message.question, json.dumps(self._host.status()))])
+        try:
+            if isinstance(message, wire.Between):
+                joules = self._books.between(message.device, message.t0_ns, message.t1_ns)
+                connection.send([wire.BetweenAnswered(message.question, joules)])
+            else:
+                connection.send([wire.StatusAnswered(message.question, json.dumps(self._host.status()))])
+        except Exception:
+            log.exception("a question of a program could not be answered")
 
     def now_ns(self) -> int:
         """Monotonic ns."""
@@ -376,7 +398,7 @@ class Connection(asyncio.Protocol):
         self._session = self.server.connected(self, transport.get_extra_info("socket"))
         if self._session is not None:
             self.server.waiting.add(self)
-            self._patience = asyncio.get_running_loop().call_later(GREETING_S, transport.abort)
+            self._patience = asyncio.get_running_loop().call_later(GREETING_S, self._no_greeting)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._settled_in()
@@ -391,10 +413,15 @@ class Connection(asyncio.Protocol):
         try:
             messages = self._frames.feed(data)
         except wire.WireError as error:
+            if error.version is not None:
+                self.refuse("version", session.refuse_version(error.version, None))
+                return
             self.server.refusals("malformed", session.uid, str(error))
             self.refuse("malformed", str(error))
             return
         now_ns = self.server.now_ns()
+        if self._greeted and messages:
+            session.resumed.clear()  # a program says nothing more before it has read the whole answer to its greeting
         for message in messages:
             if not self._greeted:
                 if isinstance(message, wire.StatusAsked):  # a look at the page needs no greeting
@@ -430,6 +457,10 @@ class Connection(asyncio.Protocol):
         """Say why and end the connection."""
         self.send([wire.Refused(code, text)])
         self.transport.close()
+
+    def _no_greeting(self) -> None:
+        self._patience = None
+        self.refuse("greeting", f"no greeting came within {GREETING_S:g} s")
 
     def _settled_in(self) -> None:
         self.server.waiting.discard(self)
