@@ -284,8 +284,13 @@ class Core:
             ):
                 self._close_interval(account, account.waiting.popleft(), engines)
         for activity in list(self.closing.values()):
-            if force or self._covered(activity, now_ns):
-                self._finish(activity, now_ns)
+            ended: Activity | None = activity
+            # Whoever waited only for what is nested in it settles with the last of that, not a round later.
+            while (
+                ended is not None and self.closing.get(ended.key) is ended and (force or self._covered(ended, now_ns))
+            ):
+                self._finish(ended, now_ns)
+                ended = ended.parent
 
     def flush(self, now_ns: int) -> None:
         """End of all readings."""
@@ -422,6 +427,7 @@ class Core:
         return True
 
     def _finish(self, activity: Activity, now_ns: int) -> None:
+        self.changed = True
         self.closing.pop(activity.key, None)
         if activity.late is not None:
             for name in activity.on():

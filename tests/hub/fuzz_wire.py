@@ -108,9 +108,7 @@ class World:
 
     def connect(self, number: int) -> tuple[Session, wire.Frames, list[int]]:
         uid, group, alone = ((1, "g", True), (2, "g", False), (2, "g", False))[number]
-        session = Session(
-            self.ledger, uid, 100 + number, lambda *_: None, lambda *_: None, self.refuse
-        )
+        session = Session(self.ledger, uid, 100 + number, lambda *_: None, lambda *_: None, self.refuse)
         why = session.greet(wire.Hello(wire.VERSION, "0", str(number), group, alone, None, None, False, []))
         assert why is None, why
         return session, wire.Frames(wire.ToHub), [0]
@@ -308,7 +306,9 @@ class World:
         elif what == 4:  # twice
             found += frame
         elif what == 5:  # a huge count of things, none of which follow
-            head = self.one((b"\xdd\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"))
+            head = self.one(
+                (b"\xdd\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff")
+            )
             at = 4 + self.chance.upto(len(found) - 4)
             found[at:] = head
             found[:4] = (len(found) - 4).to_bytes(4, "big")

@@ -39,9 +39,8 @@ def test_it_repeats(fuzzer):
 def test_it_notices(fuzzer, monkeypatch):
     """With a hub that lets requests nest in circles it fails, and names the case."""
     monkeypatch.setattr("melodi_otel.attribution.core._may_hold", lambda outer, inner: True)
-    with pytest.raises(BaseException, match=".") as caught:
+    with pytest.raises((AssertionError, RecursionError)) as caught:
         fuzzer.run(seed=1, cases=50)
-    assert isinstance(caught.value, (AssertionError, RecursionError))
     assert "--seed" in caught.value.__notes__[0]
 
 

@@ -30,7 +30,24 @@ TO_HUB = [
     wire.Forgone("r"),
     wire.Unseen(5, -1),
     wire.Observed(
-        "r", "chat", "vllm", "m", 1, 2, None, 3, 4, "stop", None, True, 5.0, "gpu", "measured", b"\1" * 16, b"\2" * 8, {}
+        "r",
+        "chat",
+        "vllm",
+        "m",
+        1,
+        2,
+        None,
+        3,
+        4,
+        "stop",
+        None,
+        True,
+        5.0,
+        "gpu",
+        "measured",
+        b"\1" * 16,
+        b"\2" * 8,
+        {},
     ),
     wire.Answered(3),
     wire.Got(2),
@@ -186,7 +203,9 @@ def test_a_frame_of_the_largest_size():
     length = wire.FRAME_LIMIT - about
     (answer,) = wire.Frames(wire.ToProgram).feed(wire.encode(0, [wire.StatusAnswered(1, "x" * length)]))
     assert len(answer.text) == length
-    with pytest.raises(wire.WireError, match=f"a frame of {wire.FRAME_LIMIT + 1} bytes is larger than {wire.FRAME_LIMIT}"):
+    with pytest.raises(
+        wire.WireError, match=f"a frame of {wire.FRAME_LIMIT + 1} bytes is larger than {wire.FRAME_LIMIT}"
+    ):
         wire.encode(0, [wire.StatusAnswered(1, "x" * (length + 1))])
     with pytest.raises(wire.WireError, match=f"a frame of {wire.FRAME_LIMIT + 1} bytes is announced"):
         wire.Frames(wire.ToProgram).feed((wire.FRAME_LIMIT + 1).to_bytes(4, "big"))
@@ -329,7 +348,19 @@ def test_what_is_no_message(message):
         b"",
         b"\x92\x00\x90\x00",
     ],
-    ids=["arrays", "in it", "behind it", "maps", "many", "long", "text", "no text", "never used", "nothing", "too much"],
+    ids=[
+        "arrays",
+        "in it",
+        "behind it",
+        "maps",
+        "many",
+        "long",
+        "text",
+        "no text",
+        "never used",
+        "nothing",
+        "too much",
+    ],
 )
 def test_what_is_no_frame(payload):
     """Deep nesting, lengths that lie, text that is none, nothing at all, too much: `WireError`, and at once."""
