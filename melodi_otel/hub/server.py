@@ -123,7 +123,6 @@ class Server:
         self._accrued_ns = self._started_ns = now_ns()
         self._names: dict[int | None, Names] = {}
         self._queued = False
-        self._stopped = threading.Event()
         self.refusals: Final = Refusals()
         self.waiting: set[Connection] = set()
         self.connections = 0
@@ -147,8 +146,11 @@ class Server:
     def stop(self, timeout: float) -> None:
         """Serve nobody any more: settle once, tell what is known, write the journal, close; waits at most ``timeout`` s."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._leave)
-            self._stopped.wait(timeout)
+            try:
+                self._loop.call_soon_threadsafe(self._leave)
+            except RuntimeError:
+                pass  # it has just ended
+            self._thread.join(timeout)
 
     @property
     def serving(self) -> bool:
@@ -179,7 +181,6 @@ class Server:
         except Exception:
             log.exception("the hub's server ended")
         finally:
-            self._stopped.set()
             self._loop.close()
 
     def _leave(self) -> None:
