@@ -180,6 +180,8 @@ class Core:
             state = self.roster.engine(engine)
             activity.engine = engine
             state.open[id(activity)] = activity
+        elif late is None:
+            self.roster.blocks[key] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
         if outer is not None and _may_hold(outer, activity):
