@@ -168,7 +168,8 @@ class HubProcess:
         ]
         self.config = replace(before, **{name: getattr(config, name) for name in changed})
         said = [f"{name} = {getattr(config, name)}" for name in changed]
-        if self._endpoint is not None and self._endpoint.reload():
+        guarded = self._guard.tls is not None or self._guard.passwords is not None
+        if guarded and self._endpoint is not None and self._endpoint.reload():
             said.append("certificates and users of the endpoint were read again")
         return said
 

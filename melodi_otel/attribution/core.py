@@ -60,6 +60,7 @@ class Core:
         self.roster = Roster()
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
+        self._same: dict[Who, Who] = {}  # one object for each: what is the same object need not be compared
         self._finished = finished
         self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices)
         self._closer = IntervalCloser(self.roster, self.model, policy, best)
@@ -171,7 +172,8 @@ class Core:
         activity = self.roster.adopt(key, t_ns) or Activity(key, t_ns)
         self.closing.pop(key, None)
         activity.anonymous = False
-        activity.model, activity.who = model, self._who(model, labels or {})
+        who = self._who(model, labels or {})
+        activity.model, activity.who = model, self._same.setdefault(who, who)
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
         self.roster.add(activity)

@@ -36,6 +36,8 @@ CONNECTIONS: Final = 64
 """Connections per user."""
 ANSWER_S: Final = 0.03
 """How long a round waits for the programs' newest progress."""
+LATE_S: Final = 0.01
+"""A close that comes after the reading that covers it is settled so soon, with what else has come by then."""
 ALIVE_S: Final = 0.5
 JOURNAL_S: Final = 1.0
 GREETING_S: Final = 5.0
@@ -119,6 +121,8 @@ class Server:
         self._sessions: dict[Session, Connection] = {}
         self._finished: dict[Session, list[wire.Told]] = {}
         self._round: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._moved_ns = 0
         self._asks = 0
         self._accrued_ns = self._started_ns = now_ns()
         self._names: dict[int | None, Names] = {}
@@ -191,7 +195,9 @@ class Server:
         self._loop.call_later(0.05, self._loop.stop)
 
     def _stir(self) -> None:
-        self._queued = False
+        if self._queued:
+            self._queued = False
+            self._moved_ns = self._now_ns()
         if self._round is not None:
             return  # a round waits for answers; what has come meanwhile is settled with it
         try:
@@ -211,12 +217,20 @@ class Server:
         else:
             self._settle()
 
+    def closed(self, t_ns: int) -> None:
+        """A request has ended at ``t_ns``: where that is covered already, no reading is waited for."""
+        if t_ns < self._moved_ns and self._late is None and self._round is None:
+            self._late = self._loop.call_later(LATE_S, self._settle)
+
     def answered(self) -> None:
         """A program has answered: settle where it was the last one."""
         if self._round is not None and not any(session.asked is not None for session in self._sessions):
             self._settle()
 
     def _settle(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         if self._round is not None:
             self._round.cancel()
             self._round = None
@@ -439,6 +453,9 @@ class Connection(asyncio.Protocol):
                 self.server.answer(self, message)
             else:
                 session.take(message, now_ns)
+        if session.closed_ns is not None:
+            self.server.closed(session.closed_ns)
+            session.closed_ns = None
         if self._greeted and session.asked is None:
             self.server.answered()
 

@@ -78,6 +78,7 @@ class Session:
         self.asked: int | None = None
         self.undelivered: deque[tuple[int, list[Told]]] = deque()
         self.resumed: dict[Key, tuple[bool, list[Share]]] = {}  # told at the greeting, and maybe not read yet
+        self.closed_ns: int | None = None  # the earliest close since somebody looked
         self.messages = 0
         self.unseen = 0
         self._engines: set[int] = set()
@@ -292,9 +293,11 @@ class Session:
         self.probed -= self.open.pop(request)
         self._bound -= self._binds.pop(request, 0)
         self.awaited.add(request)
+        t_ns = min(message.t_ns, self._now_ns)
+        self.closed_ns = t_ns if self.closed_ns is None else min(t_ns, self.closed_ns)
         future = self._books.close(
             Key(self.group, request),
-            min(message.t_ns, self._now_ns),
+            t_ns,
             message.output_tokens,
             message.outcome,
             first_token_ns=self._past(message.first_token_ns),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import sys
@@ -62,6 +63,7 @@ def test_nothing_is_kept_of_what_was_refused(fuzzer):
     try:
         before = tracemalloc.get_traced_memory()[0]
         feed()
+        gc.collect()
         assert tracemalloc.get_traced_memory()[0] - before < 100_000
         assert tracemalloc.get_traced_memory()[1] - before < 8 << 20
     finally:

@@ -115,7 +115,9 @@ class Hub:
             joined=lambda *who: self.came.append(who),
             left=lambda *who: self.went.append(who),
         )
-        self.server = Server(self.listener, self.ledger, host, self.diary, known, peer=self.peer, now_ns=clock.monotonic_ns)
+        self.server = Server(
+            self.listener, self.ledger, host, self.diary, known, peer=self.peer, now_ns=clock.monotonic_ns
+        )
         self.server.start()
 
     def peer(self, sock):
@@ -213,7 +215,10 @@ def test_another_version(hub, version):
     """Refused with a text that says what to do, and the connection ends."""
     program = hub.connect(version=version)
     assert program.welcome.code == "version"
-    assert f"version {wire.VERSION} of the wire and the program (melodi_otel 0.3) version {version}" in program.welcome.text
+    assert (
+        f"version {wire.VERSION} of the wire and the program (melodi_otel 0.3) version {version}"
+        in program.welcome.text
+    )
     assert "bring both to the same release" in program.welcome.text
     assert program.ended()
     assert hub.server.refusals.counts == {"version": 1}
@@ -329,7 +334,8 @@ def test_requests_of_a_program_that_dies(hub):
     bad.close()
     hub.until(lambda: hub.server.connected_now == 1)
     hub.read(1.0)
-    good.say(closed(hub))
+    good.say(closed(hub), wire.StatusAsked(2))
+    good.hear(wire.StatusAnswered)
     hub.read(1.0)
     (share,) = good.settled()
     assert share.joules == pytest.approx(50.0 + 100.0)
@@ -341,7 +347,9 @@ def test_a_program_that_does_not_read(hub, monkeypatch):
     monkeypatch.setattr(server_module, "BACKLOG", 100_000)
     good, lazy = hub.connect(name="good"), hub.connect(name="lazy")
     lazy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    monkeypatch.setattr(hub.server._host.__class__, "status", property(lambda _: lambda: {"x": "y" * 50_000}), raising=False)
+    monkeypatch.setattr(
+        hub.server._host.__class__, "status", property(lambda _: lambda: {"x": "y" * 50_000}), raising=False
+    )
     try:
         for number in range(200):
             lazy.say(wire.StatusAsked(number))
@@ -426,7 +434,8 @@ def test_the_journal_comes_before_the_news(hub, monkeypatch):
 
     monkeypatch.setattr(connection, "send", send)
     program.say(opened(hub))
-    program.say(closed(hub))
+    program.say(closed(hub), wire.StatusAsked(0))
+    program.hear(wire.StatusAnswered)
     hub.read()
     told = program.hear(wire.Settled)
     at = hub.diary.said.index("settled")
