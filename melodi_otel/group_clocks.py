@@ -1,7 +1,8 @@
 """CPU time of a hub's programs: one figure per group of processes, read with the CPU meters.
 
-A group's processes are those that are connected, each with everything below it; one that stands below another connected one
-is in that one's tree already. Time of a process that has left stays counted: figures never fall.
+A group's processes are those that are connected, each with everything below it but the trees of others that are connected:
+a server's master and its workers may be groups of their own, and no second is counted twice. Time of a process that has left
+stays counted: figures never fall.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ class GroupClocks:
         self._own = ProcessClock(procfs)
         self._clocks: dict[tuple[str, int], ProcessClock] = {}
         self._connections: dict[tuple[str, int], int] = {}
-        self._first: dict[tuple[str, int], float] = {}
-        self._last: dict[tuple[str, int], float] = {}
-        self._nested: dict[int, bool] = {}
+        self._counted: dict[tuple[str, int], float] = {}
+        self._before: dict[tuple[str, int], float] = {}
+        # Files of two processes are not read at one instant: what an inner one is ahead is taken from the outer one later.
+        self._ahead: dict[tuple[str, int], float] = {}
+        self._outer: dict[int, int | None] = {}
         self._kept: dict[str, float] = {}
 
     def add(self, group: str, pid: int) -> None:
@@ -54,7 +57,8 @@ class GroupClocks:
             self._connections[at] = self._connections.get(at, 0) + 1
             if at not in self._clocks:
                 self._clocks[at] = self._make(pid)
-                self._nested.clear()
+                self._counted[at] = 0.0
+                self._outer.clear()
 
     def remove(self, group: str, pid: int) -> list[EngineId]:
         """A connection of that process has ended; the series that have ended with it."""
@@ -69,9 +73,10 @@ class GroupClocks:
             if clock is None:
                 return []
             clock.close()
-            self._nested.clear()
-            self._first.pop(at, None)
-            self._kept[group] = self._kept.get(group, 0.0) + self._last.pop(at, 0.0)
+            self._outer.clear()
+            self._before.pop(at, None)
+            self._ahead.pop(at, None)
+            self._kept[group] = self._kept.get(group, 0.0) + self._counted.pop(at)
             if any(other == group for other, _ in self._clocks):
                 return []
             self._kept.pop(group, None)
@@ -94,21 +99,11 @@ class GroupClocks:
             # The hub itself, always: the host's load stays known without any program, and with it what is foreign or idle.
             found[EngineId("", WHOLE)] = own.busy_s
         with self._lock:
-            pids = {pid for _, pid in self._clocks}
-            for (group, pid), clock in self._clocks.items():
-                if pid not in self._nested:
-                    self._nested[pid] = self._inside(pid, pids)
-                if self._nested[pid]:
-                    continue
-                times = clock.read()
-                if times is not None:
-                    # From 0 on: what a process had used before it came is nothing that happened here.
-                    first = self._last.setdefault((group, -pid), times.busy_s)
-                    self._last[group, pid] = times.busy_s - first
-            for group, pid in self._clocks:
-                engine = EngineId(group, WHOLE)
-                found.setdefault(engine, self._kept.get(group, 0.0))
-                found[engine] += self._last.get((group, pid), 0.0)
+            self._count()
+            for at, counted in self._counted.items():
+                engine = EngineId(at[0], WHOLE)
+                found.setdefault(engine, self._kept.get(at[0], 0.0))
+                found[engine] += counted
         return found
 
     def close(self) -> None:
@@ -118,16 +113,38 @@ class GroupClocks:
                 clock.close()
             self._clocks.clear()
 
-    def _inside(self, pid: int, others: set[int]) -> bool:
-        """Whether it runs below another one of ``others``."""
+    def _count(self) -> None:
+        pids = {pid for _, pid in self._clocks}
+        used: dict[int, float] = {}
+        inner: dict[int, float] = {}
+        for at, clock in self._clocks.items():
+            times = clock.read()
+            if times is not None:
+                # What a process had used before it came is nothing that happened here.
+                before = self._before.get(at, times.busy_s)
+                self._before[at] = max(times.busy_s, before)
+                used[at[1]] = max(0.0, times.busy_s - before)
+        for pid, seconds in used.items():
+            if pid not in self._outer:
+                self._outer[pid] = self._above(pid, pids)
+            outer = self._outer[pid]
+            if outer is not None:
+                inner[outer] = inner.get(outer, 0.0) + seconds
+        for at in self._clocks:
+            own = used.get(at[1], 0.0) - inner.get(at[1], 0.0) - self._ahead.get(at, 0.0)
+            self._counted[at] += max(0.0, own)
+            self._ahead[at] = max(0.0, -own)
+
+    def _above(self, pid: int, others: set[int]) -> int | None:
+        """The nearest one of ``others`` below which it runs."""
         for _ in range(64):
             try:
                 stat = (self._root / str(pid) / "stat").read_bytes()
-            except OSError:
-                return False
-            pid = int(stat.rpartition(b")")[2].split()[1])
+                pid = int(stat.rpartition(b")")[2].split()[1])
+            except (OSError, IndexError, ValueError):
+                return None
             if pid <= 1:
-                return False
+                return None
             if pid in others:
-                return True
-        return False
+                return pid
+        return None

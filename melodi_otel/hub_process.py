@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 
 from melodi_otel import __version__, semconv
 from melodi_otel.attribution.books import Who
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.attribution.summary import unavailable
@@ -167,7 +168,8 @@ class HubProcess:
         ]
         self.config = replace(before, **{name: getattr(config, name) for name in changed})
         said = [f"{name} = {getattr(config, name)}" for name in changed]
-        if self._endpoint is not None and self._endpoint.reload():
+        guarded = self._guard.tls is not None or self._guard.passwords is not None
+        if guarded and self._endpoint is not None and self._endpoint.reload():
             said.append("certificates and users of the endpoint were read again")
         return said
 
@@ -179,6 +181,8 @@ class HubProcess:
         self._stop.set()
         station = self.station
         station.sampler.stop()
+        # Programs that are here now go on with the next hub, and that one with the books.
+        needed = self.server is not None and self.server.connected_now > 0
         if self.server is not None:
             self.server.stop(timeout / 2)
         self._listener.close()
@@ -196,7 +200,7 @@ class HubProcess:
         self._publisher.close()
         self._clocks.close()
         station.close()
-        if self.mode == "shared" and (self.server is None or self.server.idle_s() > 0.0):
+        if self.mode == "shared" and not needed:
             self._journal.remove()
 
     # --- what it tells ------------------------------------------------------------------------------------------------
@@ -227,11 +231,9 @@ class HubProcess:
         if page is None:
             return {}
         self.station.ledger.restore(page.state)
-        known: dict[Key, tuple[bool, list[Share]]] = {}
-        for share in page.state.accrued:
-            known.setdefault(share.key, (False, []))[1].append(share)
+        known = {key: (False, shares) for key, shares in accrued_in(page.state).items()}
         for promise in page.promises:
-            known[Key(promise.group, promise.request)] = (True, promise.shares)
+            known[Key(promise.group, promise.request)] = (promise.final, promise.shares)
         log.info("the books of the hub before this one are gone on with")
         return known
 
@@ -250,7 +252,7 @@ class HubProcess:
             snapshot=station.snapshot,
             devices=lambda: station.devices,
             hardware=station.hardware,
-            configured=Configured(config.carbon_intensity, config.pue, config.energy_price, config.energy_budget),
+            configured=self._configured,
             publisher=self._publisher,
             metric_labels=config.metric_labels,
             clip=self._whose.metric.clip,
@@ -266,6 +268,10 @@ class HubProcess:
                 config.metrics_addr, self._scrape.registry, status=self.status, ready=self.ready, guard=self._guard
             )
             self._tell_address()
+
+    def _configured(self) -> Configured:
+        config = self.config
+        return Configured(config.carbon_intensity, config.pue, config.energy_price, config.energy_budget)
 
     def _counts(self) -> HubStatus | None:
         server = self.server

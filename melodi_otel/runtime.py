@@ -141,7 +141,9 @@ class Runtime:
             devices=self.devices,
             hardware=self._hardware,
             spans=self._deferral.counts,
-            configured=Configured(config.carbon_intensity, config.pue, config.energy_price, config.energy_budget),
+            configured=lambda: Configured(
+                config.carbon_intensity, config.pue, config.energy_price, config.energy_budget
+            ),
             publisher=lambda: self._is_local() and self._publisher(),
             identity={name: value for name, value in identity if value},
             metric_labels=config.metric_labels,

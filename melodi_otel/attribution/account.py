@@ -13,7 +13,7 @@ from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
 from melodi_otel.attribution.late import Holder, Leavings
-from melodi_otel.attribution.state import Attributed, Booked, DeviceState
+from melodi_otel.attribution.state import Attributed, Booked, DeviceState, Known
 from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Interval, Timeline
 
@@ -110,7 +110,14 @@ class Account:
             self.baseline.watts,
             self.closed_until,
             self.timeline.reading,
+            self.interval_s,
+            self.gone,
+            bool(self.cpu.series),
         )
+
+    def known(self) -> Known:
+        """What shares are told of it."""
+        return Known(self.device, self.baseline.watts, self.interval_s, self.gone, bool(self.cpu.series))
 
     def restore(self, state: DeviceState) -> None:
         """Continue the account of another process: its open requests are settled here, what was pending is nobody's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from melodi_otel.attribution.meter import Key
 
@@ -14,9 +14,8 @@ BUCKETS: Final[tuple[Bucket, ...]] = ("idle", "tail", "loading", "foreign", "uns
 Phase = Literal["prefill", "decode", "static", "unsplit"]
 
 
-@dataclass(frozen=True, slots=True)
-class Who:
-    """For whom joules are counted in metrics; None = not known.
+class Who(NamedTuple):
+    """For whom joules are counted in metrics; None = not known. A tuple, because the books look it up for every share.
 
     ``labels`` are the metric labels (name, value) in configured order.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Final
 
 from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
@@ -24,6 +25,9 @@ from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
+
+NESTED: Final = 64
+"""Requests in requests in requests; one that is deeper is nobody's child."""
 
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
@@ -56,6 +60,7 @@ class Core:
         self.roster = Roster()
         self.closing: dict[Key, Activity] = {}
         self._who = who or _model_only
+        self._same: dict[Who, Who] = {}  # one object for each: what is the same object need not be compared
         self._finished = finished
         self.slices: dict[str, str] = {}
         self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices, self._board)
@@ -171,7 +176,8 @@ class Core:
         activity = self.roster.adopt(key, t_ns) or Activity(key, t_ns)
         self.closing.pop(key, None)
         activity.anonymous = False
-        activity.model, activity.who = model, self._who(model, labels or {})
+        who = self._who(model, labels or {})
+        activity.model, activity.who = model, self._same.setdefault(who, who)
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
         self.roster.add(activity)
@@ -180,9 +186,11 @@ class Core:
             state = self.roster.engine(engine)
             activity.engine = engine
             state.open[id(activity)] = activity
+        elif late is None:
+            self.roster.blocks[key] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
-        if outer is not None:
+        if outer is not None and _may_hold(outer, activity):
             activity.parent = outer
             outer.nested.append(activity)
 
@@ -195,6 +203,8 @@ class Core:
             return
         stray = self.roster.bind(activity, child_id)
         if stray is not None:
+            if self.closing.get(stray.key) is stray:
+                del self.closing[stray.key]  # its joules are the request's now, and settle with it alone
             self.roster.merge(stray, activity, self.accounts.values())
 
     def progress(
@@ -282,8 +292,13 @@ class Core:
             ):
                 self._close_interval(account, account.waiting.popleft(), engines)
         for activity in list(self.closing.values()):
-            if force or self._covered(activity, now_ns):
-                self._finish(activity, now_ns)
+            ended: Activity | None = activity
+            # Whoever waited only for what is nested in it settles with the last of that, not a round later.
+            while (
+                ended is not None and self.closing.get(ended.key) is ended and (force or self._covered(ended, now_ns))
+            ):
+                self._finish(ended, now_ns)
+                ended = ended.parent
 
     def flush(self, now_ns: int) -> None:
         """End of all readings."""
@@ -431,6 +446,7 @@ class Core:
         return True
 
     def _finish(self, activity: Activity, now_ns: int) -> None:
+        self.changed = True
         self.closing.pop(activity.key, None)
         if activity.late is not None:
             for name in activity.on():
@@ -452,6 +468,18 @@ class Core:
             activity.future.set_result(shares)
         except Exception:
             log.warning("melodi_otel: a listener to finished requests failed", exc_info=True)
+
+
+def _may_hold(outer: Activity, inner: Activity) -> bool:
+    """Whether ``inner`` may be nested in ``outer``: nobody is inside itself, and not deeper than anybody programs."""
+    above: Activity | None = outer
+    for _ in range(NESTED):
+        if above is None:
+            return True
+        if above is inner:
+            return False
+        above = above.parent
+    return False
 
 
 def _ask(activity: Activity) -> int | None:

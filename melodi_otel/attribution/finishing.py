@@ -8,8 +8,9 @@ from typing import Final
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Accrual, Activity
 from melodi_otel.attribution.engines import EngineState
-from melodi_otel.attribution.meter import Quality, Reason, Share, Tier
+from melodi_otel.attribution.meter import Key, Quality, Reason, Share, Tier
 from melodi_otel.attribution.slices import tier_of
+from melodi_otel.attribution.state import Known, SoFar, State
 from melodi_otel.attribution.summary import FULL_COVERAGE, TIERS
 from melodi_otel.attribution.uncertainty import share_sigma
 
@@ -25,20 +26,21 @@ def shares_of(
     end = activity.close_ns or activity.open_ns
     seen = _seen(activity, accounts, engine)
     mine = [accounts[name] for name in activity.charged() if name in accounts]
-    return [_share(activity, account, end, now_ns, seen if account.device.type == "gpu" else 1.0) for account in mine]
+    return [made(_facts(activity, account, end, now_ns, seen), account.known()) for account in mine]
 
 
-def shares_so_far(activity: Activity, accounts: Mapping[str, Account], engine: EngineState | None) -> list[Share]:
+def so_far(activity: Activity, accounts: Mapping[str, Account], engine: EngineState | None) -> list[SoFar]:
     """What ``activity`` has accrued, per device on which an interval has closed since its opening.
 
-    The same figures as :func:`shares_of` would give if it had ended when the device's books were closed last: ``t1_ns`` is
-    that time, or its end where that is earlier, and ``coverage`` is of the time up to it. ``final_ns`` is the time up to which
-    the books are closed. Work that is reported late has accrued nothing before it settles.
+    :func:`made` into shares, the same figures as :func:`shares_of` would give if it had ended when the device's books were
+    closed last: ``t1_ns`` is that time, or its end where that is earlier, and ``coverage`` is of the time up to it.
+    ``final_ns`` is the time up to which the books are closed. Work that is reported late has accrued nothing before it
+    settles.
     """
     if activity.late is not None:
         return []
     seen = _seen(activity, accounts, engine)
-    found: list[Share] = []
+    found: list[SoFar] = []
     for name in activity.charged():
         account = accounts.get(name)
         if account is None or account.closed_until is None:
@@ -47,7 +49,17 @@ def shares_so_far(activity: Activity, accounts: Mapping[str, Account], engine: E
         if until <= activity.open_ns and name not in activity.accruals:
             continue
         end = max(activity.open_ns, until if activity.close_ns is None else min(activity.close_ns, until))
-        found.append(_share(activity, account, end, until, seen if account.device.type == "gpu" else 1.0))
+        found.append(_facts(activity, account, end, until, seen))
+    return found
+
+
+def accrued_in(state: State) -> dict[Key, list[Share]]:
+    """The shares so far of the requests that were under way when ``state`` was made."""
+    known = {one.device.id: one.known for one in state.devices}
+    found: dict[Key, list[Share]] = {}
+    for one in state.accrued:
+        if one.device in known:
+            found.setdefault(one.key, []).append(made(one, known[one.device]))
     return found
 
 
@@ -66,108 +78,140 @@ def rollup(activity: Activity, device: str) -> float:
     return (own.joules if own else 0.0) + sum(rollup(child, device) for child in activity.nested)
 
 
-def _share(activity: Activity, account: Account, end: int, now_ns: int, seen: float) -> Share:
-    coverage = min(1.0, account.coverage(activity.open_ns, end))
-    if activity.late is not None and end > activity.open_ns:
+_NOTHING: Final = Accrual()
+
+
+def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: float) -> SoFar:
+    open_ns = activity.open_ns
+    device = account.device
+    coverage = min(1.0, account.coverage(open_ns, end))
+    late = activity.late is not None
+    if late and end > open_ns:
         # Where others were told of everything, it is not known what this request used.
-        held = activity.late_covered_ns.get(account.device.id, 0.0) / (end - activity.open_ns)
+        held = activity.late_covered_ns.get(device.id, 0.0) / (end - open_ns)
         coverage = min(coverage, held)
-    accrual = activity.accruals.get(account.device.id)
-    if coverage <= 0.0 and (accrual is None or accrual.joules == 0.0):
-        return _unknown(activity, account, end, now_ns)
-    accrual = accrual or Accrual()
-    static = accrual.static
-    split = accrual.unsplit == 0.0 and (accrual.prefill > 0.0 or accrual.decode > 0.0)
-    dynamic = accrual.prefill + accrual.decode if split else accrual.dynamic
-    joules = dynamic + static
+    accrual = activity.accruals.get(device.id)
+    nested = sum(rollup(child, device.id) for child in activity.nested) if activity.nested else None
+    exclusive = True if account.cpu.series else account.foreign.exclusive(open_ns, end) if account.foreign else None
+    reset = bool(account.lost) and account.had_reset(open_ns, end)
+    known = accrual or _NOTHING
+    return SoFar(
+        activity.key,
+        device.id,
+        open_ns,
+        end,
+        now_ns,
+        coverage,
+        seen if device.type == "gpu" else 1.0,
+        reset,
+        exclusive,
+        late,
+        activity.assumed,
+        activity.last_step_ns is not None,
+        tier_of(activity),
+        nested,
+        accrual is not None,
+        known.prefill,
+        known.decode,
+        known.unsplit,
+        known.static,
+        known.shared.copy(),
+        known.tiers.copy(),
+        known.busy_ns,
+        known.company_ns,
+        known.intervals,
+        known.interval_ns,
+        known.foreign,
+        known.unbased,
+    )
+
+
+def made(it: SoFar, known: Known) -> Share:
+    """The share of what was accrued."""
+    dynamic = it.prefill + it.decode + it.unsplit
+    if it.coverage <= 0.0 and (not it.accrued or dynamic + it.static == 0.0):
+        return _unknown(it, known)
+    split = it.unsplit == 0.0 and (it.prefill > 0.0 or it.decode > 0.0)
+    dynamic = it.prefill + it.decode if split else dynamic
+    joules = dynamic + it.static
     # Known in all of its intervals, or the parts would hold idle joules of the others.
-    based = not accrual.unbased
-    duration = (accrual.busy_ns or max(1, end - activity.open_ns)) / 1e9
-    interval_s = accrual.interval_ns / accrual.intervals / 1e9 if accrual.intervals else account.interval_s
+    based = not it.unbased
+    length_ns = it.t1_ns - it.t0_ns
     sigma = share_sigma(
         joules=joules,
-        static=static,
-        shared=accrual.shared,
-        duration_s=duration,
-        interval_s=interval_s,
-        idle_watts=account.baseline.watts,
-        source=account.device.relative_uncertainty,
+        static=it.static,
+        shared=it.shared,
+        duration_s=(it.busy_ns or max(1, length_ns)) / 1e9,
+        interval_s=it.interval_ns / it.intervals / 1e9 if it.intervals else known.interval_s,
+        idle_watts=known.idle_watts,
+        source=known.device.relative_uncertainty,
     )
-    method = _method(activity, accrual)
-    coverage *= seen
-    reason = _reason(activity, account, coverage, end, seen < 1.0)
+    method = _method(it)
+    coverage = it.coverage * it.seen
+    reason = _reason(it, known, coverage)
     return Share(
-        key=activity.key,
-        device=account.device.id,
-        t0_ns=activity.open_ns,
-        t1_ns=end,
+        key=it.key,
+        device=it.device,
+        t0_ns=it.t0_ns,
+        t1_ns=it.t1_ns,
         joules=joules,
         dynamic=dynamic if based else None,
-        static=static if based else None,
-        prefill=accrual.prefill if split and based else None,
-        decode=accrual.decode if split and based else None,
+        static=it.static if based else None,
+        prefill=it.prefill if split and based else None,
+        decode=it.decode if split and based else None,
         uncertainty=sigma,
         method=method,
-        quality=_quality(account, method, sigma, joules, coverage, (end - activity.open_ns) / 1e9, reason),
+        quality=_quality(known, method, sigma, joules, coverage, length_ns / 1e9, reason),
         coverage=coverage,
-        concurrency=max(1.0, accrual.company_ns / accrual.busy_ns) if accrual.busy_ns else 1.0,
-        final_ns=now_ns,
+        concurrency=max(1.0, it.company_ns / it.busy_ns) if it.busy_ns else 1.0,
+        final_ns=it.final_ns,
         reason=reason,
-        exclusive=_exclusive(activity, account, accrual, end),
-        rollup=rollup(activity, account.device.id) if activity.nested else joules,
+        exclusive=False if it.foreign else it.exclusive,
+        rollup=joules if it.nested is None else dynamic + it.static + it.nested,
     )
 
 
-def _exclusive(activity: Activity, account: Account, accrual: Accrual, end: int) -> bool | None:
-    if accrual.foreign:
-        return False
-    return True if account.cpu.series else account.foreign.exclusive(activity.open_ns, end)
-
-
-def _unknown(activity: Activity, account: Account, end: int, now_ns: int) -> Share:
-    reason: Reason = "device_lost" if account.gone else "late" if activity.late is not None else "no_samples"
-    method = "process" if account.cpu.series else tier_of(activity)
+def _unknown(it: SoFar, known: Known) -> Share:
+    reason: Reason = "device_lost" if known.gone else "late" if it.late else "no_samples"
     return Share(
-        activity.key,
-        account.device.id,
-        activity.open_ns,
-        end,
+        it.key,
+        it.device,
+        it.t0_ns,
+        it.t1_ns,
         *([None] * 6),
-        method=method,
+        method="process" if known.process else it.tier,
         quality="unavailable",
         coverage=0.0,
         concurrency=1.0,
-        final_ns=now_ns,
+        final_ns=it.final_ns,
         reason=reason,
     )
 
 
-def _method(activity: Activity, accrual: Accrual) -> Tier:
-    if len(accrual.tiers) == 1:
-        return next(iter(accrual.tiers))
-    total = sum(abs(joules) for joules in accrual.tiers.values())
-    enough = [tier for tier, joules in accrual.tiers.items() if abs(joules) >= 0.05 * total]
+def _method(it: SoFar) -> Tier:
+    if len(it.tiers) == 1:
+        return next(iter(it.tiers))
+    total = sum(abs(joules) for joules in it.tiers.values())
+    enough = [tier for tier, joules in it.tiers.items() if abs(joules) >= 0.05 * total]
     if enough:
         return TIERS[max(TIERS.index(tier) for tier in enough)]
-    return "step" if activity.last_step_ns is not None else tier_of(activity)
+    return "step" if it.stepped else it.tier
 
 
-def _reason(activity: Activity, account: Account, coverage: float, end: int, elsewhere: bool) -> Reason | None:
+def _reason(it: SoFar, known: Known, coverage: float) -> Reason | None:
     if coverage < FULL_COVERAGE:
-        if elsewhere:
+        if it.seen < 1.0:
             return "devices_elsewhere"
-        if activity.late is not None:
+        if it.late:
             return "late"
-        if account.gone:
+        if known.gone:
             return "device_lost"
-        if account.had_reset(activity.open_ns, end):
-            return "counter_reset"
-        return "no_samples"
-    return "devices_assumed" if activity.assumed else None
+        return "counter_reset" if it.reset else "no_samples"
+    return "devices_assumed" if it.assumed else None
 
 
 def _quality(
-    account: Account,
+    known: Known,
     method: Tier,
     sigma: float,
     joules: float,
@@ -177,14 +221,14 @@ def _quality(
 ) -> Quality:
     if coverage < FULL_COVERAGE:
         return "partial"
-    if account.device.estimated:
+    if known.device.estimated:
         return "estimated"
     if (
         method not in _EXACT
         or sigma > WIDE * joules
-        or duration_s < (account.device.period_s or account.interval_s)
+        or duration_s < (known.device.period_s or known.interval_s)
         or reason == "devices_assumed"
-        or account.device.fraction < 1.0
+        or known.device.fraction < 1.0
     ):
         return "interpolated"
     return "measured"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
 from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Accrual, Activity
-from melodi_otel.attribution.books import Bucket, Phase
+from melodi_otel.attribution.books import Bucket, Phase, Who
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.evidence import WHOLE
 from melodi_otel.attribution.late import Left, Unseen
@@ -232,27 +232,26 @@ class IntervalCloser:
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
         quality = "estimated" if account.device.estimated else "interpolated" if tier in ASSUMING else "measured"
         # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
-        parts: Iterable[tuple[Phase, float]] = (
-            (
-                ("prefill", given.prefill),
-                ("decode", given.decode),
-                ("unsplit", given.unsplit),
-                ("static", given.static),
-            )
-            if based
-            else (("unsplit", dynamic + given.static),)
-        )
-        for phase, joules in parts:
-            if joules != 0.0:
-                at = (activity.who, phase, quality)
-                account.attributed[at] = account.attributed.get(at, 0.0) + joules
-                accrual.booked[at] = accrual.booked.get(at, 0.0) + joules
+        if not based:
+            _book(account, accrual, (activity.who, "unsplit", quality), dynamic + given.static)
+            return
+        who = activity.who
+        _book(account, accrual, (who, "prefill", quality), given.prefill)
+        _book(account, accrual, (who, "decode", quality), given.decode)
+        _book(account, accrual, (who, "unsplit", quality), given.unsplit)
+        _book(account, accrual, (who, "static", quality), given.static)
 
     def _holder(self, engines: list[EngineState]) -> Holder | None:
         held = [engine for engine in engines if not engine.gone and engine.model]
         if len(held) != 1:
             return None
         return held[0].service or "", held[0].model or ""
+
+
+def _book(account: Account, accrual: Accrual, at: tuple[Who, Phase, str], joules: float) -> None:
+    if joules != 0.0:
+        for booked in (account.attributed, accrual.booked):
+            booked[at] = booked.get(at, 0.0) + joules
 
 
 def _pool_of(cell: Cell, known: Collection[EngineId | None]) -> EngineId | None:

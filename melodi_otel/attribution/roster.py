@@ -29,6 +29,8 @@ class Roster:
     def __init__(self) -> None:
         self.activities: dict[Key, Activity] = {}
         self.engines: dict[EngineId, EngineState] = {}
+        # Opened without an engine: what another one may be in. A server's thousands of requests are none of them.
+        self.blocks: dict[Key, Activity] = {}
         self._ids: dict[tuple[str, str], Activity] = {}
         self._closed: dict[tuple[str, str], None] = {}
 
@@ -72,7 +74,7 @@ class Roster:
 
     def _stray(self, key: Key, t0_ns: int) -> Activity:
         found = self.activities.get(key)
-        if found is not None and found.anonymous:
+        if found is not None:
             return found  # also one that is closing: a second one under its key would push its joules out of the books
         stray = self.activities[key] = Activity(key, t0_ns, anonymous=True)
         return stray
@@ -113,10 +115,9 @@ class Roster:
             return None
         blocks = [
             activity
-            for activity in self.activities.values()
+            for activity in self.blocks.values()
             if activity.engine is None
             and activity.close_ns is None
-            and not activity.anonymous
             and activity.late is None
             and activity.key.group == request.key.group
         ]
@@ -134,6 +135,7 @@ class Roster:
     def remove(self, activity: Activity) -> None:
         """A request has settled."""
         self.activities.pop(activity.key, None)
+        self.blocks.pop(activity.key, None)
         for name in (activity.key.request, *activity.children):
             at = (activity.key.group, name)
             if self._ids.get(at) is activity:

@@ -17,9 +17,10 @@ lowers the coverage of every request that lies in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from melodi_otel.attribution.books import Bucket, Phase, Who
-from melodi_otel.attribution.meter import Share
+from melodi_otel.attribution.meter import Key, Tier
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Reading
 
@@ -43,6 +44,75 @@ class Attributed:
     joules: float
 
 
+class SoFar(NamedTuple):
+    """What one request has accrued on one device: all that is needed to make its share, and made in a sixth of the time.
+
+    Attributes:
+        key, device: whose, and ``hw.id``.
+        t0_ns, t1_ns, final_ns: as in its share.
+        coverage: part of the interval with known energy, 0..1.
+        seen: part of the engine's devices that are seen here, 0..1.
+        reset: readings in the interval said nothing of their time.
+        exclusive: as in its share, as far as other processes are looked for.
+        late: it was reported when it was over.
+        assumed: its devices are.
+        stepped: it stood in steps; else ``tier`` is the evidence there is.
+        nested: J of the requests nested in it; None: there is none.
+        accrued: whether any interval was divided among its participants; else the figures below mean nothing.
+        prefill, decode, unsplit, static: J.
+        shared, tiers: J by tier, the first only what was really divided with others.
+        busy_ns, company_ns, intervals, interval_ns: how long it was there, with how many, in how many intervals.
+        foreign: other processes computed meanwhile.
+        unbased: idle power was not known in some interval.
+    """
+
+    key: Key
+    device: str
+    t0_ns: int
+    t1_ns: int
+    final_ns: int
+    coverage: float
+    seen: float
+    reset: bool
+    exclusive: bool | None
+    late: bool
+    assumed: bool
+    stepped: bool
+    tier: Tier
+    nested: float | None
+    accrued: bool
+    prefill: float
+    decode: float
+    unsplit: float
+    static: float
+    shared: dict[Tier, float]
+    tiers: dict[Tier, float]
+    busy_ns: int
+    company_ns: int
+    intervals: int
+    interval_ns: int
+    foreign: bool
+    unbased: bool
+
+
+class Known(NamedTuple):
+    """What a share has to be told of its device.
+
+    Attributes:
+        device: which one.
+        idle_watts: idle power in W; None: not known.
+        interval_s: usual seconds between two readings.
+        gone: it is lost.
+        process: the CPU time of processes says whose its joules are.
+    """
+
+    device: Device
+    idle_watts: float | None
+    interval_s: float
+    gone: bool
+    process: bool
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceState:
     """The account of one device; joules throughout.
@@ -58,6 +128,7 @@ class DeviceState:
         idle_watts: idle power in W, given or learnt; None: not known.
         closed_ns: up to when the books are closed; None: nothing was read.
         reading: the last reading of its counter; None: it has none, or none was read.
+        interval_s, gone, process: see :class:`Known`.
     """
 
     device: Device
@@ -71,15 +142,24 @@ class DeviceState:
     idle_watts: float | None = None
     closed_ns: int | None = None
     reading: Reading | None = None
+    interval_s: float = 0.1
+    gone: bool = False
+    process: bool = False
+
+    @property
+    def known(self) -> Known:
+        """What shares are told of it."""
+        return Known(self.device, self.idle_watts, self.interval_s, self.gone, self.process)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """A whole ledger at ``t_ns``: its accounts, and what its unsettled requests have accrued.
 
-    ``accrued`` holds the shares of :meth:`melodi_otel.attribution.ledger.Ledger.accrued`, each with its key.
+    ``accrued`` holds what :meth:`melodi_otel.attribution.ledger.Ledger.accrued` gives, before it is made into shares; see
+    :func:`melodi_otel.attribution.finishing.accrued_in`.
     """
 
     t_ns: int
     devices: tuple[DeviceState, ...] = ()
-    accrued: tuple[Share, ...] = ()
+    accrued: tuple[SoFar, ...] = ()

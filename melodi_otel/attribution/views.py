@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.books import Bucket, Phase, Snapshot, Who
-from melodi_otel.attribution.finishing import shares_so_far
+from melodi_otel.attribution.finishing import made, so_far
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.roster import Roster
-from melodi_otel.attribution.state import State
+from melodi_otel.attribution.state import Known, SoFar, State
 
 
 def accrued(roster: Roster, accounts: Mapping[str, Account]) -> dict[Key, list[Share]]:
     """What named requests have accrued that are open or wait for their joules; those without any device are left out."""
+    known: dict[str, Known] = {name: account.known() for name, account in accounts.items()}
     found: dict[Key, list[Share]] = {}
-    for key, activity in roster.activities.items():
-        if activity.anonymous:
-            continue
-        engine = None if activity.engine is None else roster.engines.get(activity.engine)
-        shares = shares_so_far(activity, accounts, engine)
-        if shares:
-            found[key] = shares
+    for one in _so_far(roster, accounts):
+        found.setdefault(one.key, []).append(made(one, known[one.device]))
     return found
+
+
+def _so_far(roster: Roster, accounts: Mapping[str, Account]) -> Iterator[SoFar]:
+    for activity in roster.activities.values():
+        if not activity.anonymous:
+            engine = None if activity.engine is None else roster.engines.get(activity.engine)
+            yield from so_far(activity, accounts, engine)
 
 
 def snapshot(now_ns: int, roster: Roster, accounts: Mapping[str, Account]) -> Snapshot:
@@ -49,7 +52,7 @@ def state(now_ns: int, roster: Roster, accounts: Mapping[str, Account]) -> State
     return State(
         now_ns,
         tuple(account.state(in_flight.get(name, 0.0)) for name, account in accounts.items()),
-        tuple(share for shares in accrued(roster, accounts).values() for share in shares),
+        tuple(_so_far(roster, accounts)),
     )
 
 

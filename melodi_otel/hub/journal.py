@@ -21,17 +21,21 @@ from melodi_otel.attribution.state import State
 
 log = logging.getLogger("melodi_otel")
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 FRESH_S: Final = 600.0
 """An older journal is not gone on from: what happened since would be one huge gap."""
 
 
 class Promise(msgspec.Struct, array_like=True, frozen=True):
-    """Final joules whose arrival nobody has acknowledged yet."""
+    """Joules of a request whose arrival nobody has acknowledged yet.
+
+    ``final``: they are; else what it had accrued in a hub before, and nobody has asked for.
+    """
 
     group: str
     request: str
     shares: list[Share]
+    final: bool = True
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -43,7 +47,7 @@ class Page(msgspec.Struct, frozen=True):
         hub: the name of these books.
         t_ns: monotonic time of writing.
         state: the books.
-        promises: settled and not acknowledged.
+        promises: not acknowledged.
     """
 
     format: int
@@ -52,6 +56,14 @@ class Page(msgspec.Struct, frozen=True):
     t_ns: int
     state: State
     promises: list[Promise]
+
+
+class _About(msgspec.Struct, frozen=True):
+    """Of a page, what is the same in every format."""
+
+    format: int
+    boot: str
+    t_ns: int
 
 
 class Journal:
@@ -80,15 +92,14 @@ class Journal:
         except OSError:
             return None
         try:
-            page = msgspec.msgpack.decode(raw, type=Page)
-        except (msgspec.MsgspecError, RecursionError):
+            about = msgspec.msgpack.decode(raw, type=_About)
+            if about.format != FORMAT or about.boot != self._boot or not 0 <= self._now() - about.t_ns <= FRESH_S * 1e9:
+                log.info("the journal %s is of another start or too old; the books start anew", self._path)
+                return None
+            return msgspec.msgpack.decode(raw, type=Page)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError):
             log.warning("the journal %s cannot be read and is not used; the books start anew", self._path)
             return None
-        age_s = (self._now() - page.t_ns) / 1e9
-        if page.format != FORMAT or page.boot != self._boot or not 0 <= age_s <= FRESH_S:
-            log.info("the journal %s is of another start or too old; the books start anew", self._path)
-            return None
-        return page
 
     def save(self, hub: str, state: State, promises: list[Promise]) -> bool:
         """Replace the journal; whether that worked. Never raises.

@@ -21,12 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.state import State
 from melodi_otel.devices import Device
 from melodi_otel.hub import wire
-from melodi_otel.hub.journal import Journal, Promise
-from melodi_otel.hub.session import Books, Refusals, Session, chunks
+from melodi_otel.hub.journal import FRESH_S, Journal, Promise
+from melodi_otel.hub.limits import Names, Refusals
+from melodi_otel.hub.session import Books, Session, chunks
 
 log = logging.getLogger("melodi_otel")
 
@@ -34,6 +36,8 @@ CONNECTIONS: Final = 64
 """Connections per user."""
 ANSWER_S: Final = 0.03
 """How long a round waits for the programs' newest progress."""
+LATE_S: Final = 0.01
+"""A close that comes after the reading that covers it is settled so soon, with what else has come by then."""
 ALIVE_S: Final = 0.5
 JOURNAL_S: Final = 1.0
 GREETING_S: Final = 5.0
@@ -117,10 +121,12 @@ class Server:
         self._sessions: dict[Session, Connection] = {}
         self._finished: dict[Session, list[wire.Told]] = {}
         self._round: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._moved_ns = 0
         self._asks = 0
-        self._journaled_ns = 0
+        self._accrued_ns = self._started_ns = now_ns()
+        self._names: dict[int | None, Names] = {}
         self._queued = False
-        self._stopped = threading.Event()
         self.refusals: Final = Refusals()
         self.waiting: set[Connection] = set()
         self.connections = 0
@@ -144,8 +150,11 @@ class Server:
     def stop(self, timeout: float) -> None:
         """Serve nobody any more: settle once, tell what is known, write the journal, close; waits at most ``timeout`` s."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._leave)
-            self._stopped.wait(timeout)
+            try:
+                self._loop.call_soon_threadsafe(self._leave)
+            except RuntimeError:
+                pass  # it has just ended
+            self._thread.join(timeout)
 
     @property
     def serving(self) -> bool:
@@ -176,21 +185,19 @@ class Server:
         except Exception:
             log.exception("the hub's server ended")
         finally:
-            self._stopped.set()
             self._loop.close()
 
     def _leave(self) -> None:
         self._settle()
-        try:
-            self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
-        except Exception:
-            log.exception("the last joules could not be told")
+        self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
         for connection in list(self._sessions.values()):
             connection.transport.close()
         self._loop.call_later(0.05, self._loop.stop)
 
     def _stir(self) -> None:
-        self._queued = False
+        if self._queued:
+            self._queued = False
+            self._moved_ns = self._now_ns()
         if self._round is not None:
             return  # a round waits for answers; what has come meanwhile is settled with it
         try:
@@ -210,22 +217,33 @@ class Server:
         else:
             self._settle()
 
+    def closed(self, t_ns: int) -> None:
+        """A request has ended at ``t_ns``: where that is covered already, no reading is waited for."""
+        if t_ns < self._moved_ns and self._late is None and self._round is None:
+            self._late = self._loop.call_later(LATE_S, self._settle)
+
     def answered(self) -> None:
         """A program has answered: settle where it was the last one."""
         if self._round is not None and not any(session.asked is not None for session in self._sessions):
             self._settle()
 
     def _settle(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         if self._round is not None:
             self._round.cancel()
             self._round = None
+            for session in self._sessions:
+                session.asked = None  # an answer that comes later is none
         try:
             self._books.settle(self._now_ns())
-            self._deliver(accrued=False)
         except Exception:
             log.exception("settling failed; it goes on with the next reading")
+        self._deliver(accrued=False)
 
     def _deliver(self, *, accrued: bool) -> None:
+        """Tell final joules, and with ``accrued`` those of open requests so far; into the journal first. Never raises."""
         finished, self._finished = self._finished, {}
         news: list[tuple[Session, int, list[wire.Told]]] = []
         for session, told in finished.items():
@@ -234,27 +252,39 @@ class Server:
         if not news and not accrued:
             return
         now_ns = self._now_ns()
-        state = self._books.state(now_ns)
-        promises = [
+        try:
+            state = self._books.state(now_ns)
+            self._journal.save(self._host.hub, state, self._promises(now_ns))
+        except Exception:
+            log.exception("the journal cannot be written; without one the books start anew after this hub")
+            self._journal.remove()  # an older one would give joules twice that are told now
+            state = None
+        for session, number, told in news:
+            self._sessions[session].send([wire.Settled(number, told)])
+        if accrued and state is not None:
+            self._accrued_ns = now_ns
+            so_far: dict[str, list[wire.Told]] = {}
+            for key, known in accrued_in(state).items():
+                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, known))
+            for session, connection in self._sessions.items():
+                mine = [told for told in so_far.get(session.group, ()) if told.request in session.open]
+                connection.send([wire.Accrued(now_ns, part) for part in chunks(mine) or [[]]])
+
+    def _promises(self, now_ns: int) -> list[Promise]:
+        """All joules that are some request's and of which it is not certain that its program knows them."""
+        owed = [
             Promise(session.group, told.request, told.shares)
             for session in self._sessions
             for _, batch in session.undelivered
             for told in batch
         ]
-        self._journal.save(self._host.hub, state, promises)
-        self._journaled_ns = now_ns
-        for session, number, told in news:
-            self._sessions[session].send([wire.Settled(number, told)])
-        if accrued:
-            shares: dict[Key, list[Share]] = {}
-            for share in state.accrued:
-                shares.setdefault(share.key, []).append(share)
-            so_far: dict[str, list[wire.Told]] = {}
-            for key, known in shares.items():
-                so_far.setdefault(key.group, []).append(wire.Told(key.request, False, known))
-            for session, connection in self._sessions.items():
-                mine = [told for told in so_far.get(session.group, []) if told.request in session.open]
-                connection.send([wire.Accrued(now_ns, part) for part in chunks(mine)] or [wire.Accrued(now_ns, [])])
+        if self._known and now_ns - self._started_ns > FRESH_S * 1e9:
+            self._known.clear()  # nobody comes for them any more
+        waiting = [self._known, *(session.resumed for session in self._sessions)]
+        owed += [
+            Promise(key.group, key.request, shares, final) for one in waiting for key, (final, shares) in one.items()
+        ]
+        return owed
 
     def _alive(self) -> None:
         self._loop.call_later(ALIVE_S, self._alive)
@@ -262,7 +292,7 @@ class Server:
             if not self._round:
                 self._stir()  # what waits for patience alone is not woken by any reading
             now_ns = self._now_ns()
-            if now_ns - self._journaled_ns >= JOURNAL_S * 1e9 or self._finished:
+            if now_ns - self._accrued_ns >= JOURNAL_S * 1e9:
                 self._deliver(accrued=True)
             else:
                 for connection in self._sessions.values():
@@ -275,7 +305,8 @@ class Server:
     def connected(self, connection: Connection, sock: socket.socket) -> Session | None:
         """A new connection; None: it may not come in."""
         pid, uid = self._peer(sock)
-        session = Session(self._books, uid, pid, self._done, self._host.observed, self.refusals)
+        names = self._names.setdefault(uid, Names())
+        session = Session(self._books, uid, pid, self._done, self._host.observed, self.refusals, names)
         same = sum(1 for other in self._sessions if other.uid == uid) + sum(
             1 for other in self.waiting if other.uid == uid
         )
@@ -304,8 +335,10 @@ class Server:
             log.exception("a program's CPU time cannot be read")
         resumed: list[wire.Told] = []
         for request in hello.resume:
-            found = self._known.pop(Key(session.group, request), None)
+            key = Key(session.group, request)
+            found = self._known.pop(key, None)
             if found is not None:
+                session.resumed[key] = found
                 resumed.append(wire.Told(request, found[0], found[1]))
         parts = chunks(resumed) or [[]]
         welcome = wire.Welcome(
@@ -329,6 +362,7 @@ class Server:
         if self._sessions.pop(session, None) is None:
             return
         now_ns = self._now_ns()
+        self._known.update(session.resumed)  # it may have gone before it heard of them
         session.leave(now_ns)
         self._finished.pop(session, None)
         if not any(other.group == session.group for other in self._sessions):
@@ -343,11 +377,14 @@ class Server:
 
     def answer(self, connection: Connection, message: wire.Between | wire.StatusAsked) -> None:
         """A question that needs no rights beyond the connection."""
-        if isinstance(message, wire.Between):
-            joules = self._books.between(message.device, message.t0_ns, message.t1_ns)
-            connection.send([wire.BetweenAnswered(message.question, joules)])
-        else:
-            connection.send([wire.StatusAnswered(message.question, json.dumps(self._host.status()))])
+        try:
+            if isinstance(message, wire.Between):
+                joules = self._books.between(message.device, message.t0_ns, message.t1_ns)
+                connection.send([wire.BetweenAnswered(message.question, joules)])
+            else:
+                connection.send([wire.StatusAnswered(message.question, json.dumps(self._host.status()))])
+        except Exception:
+            log.exception("a question of a program could not be answered")
 
     def now_ns(self) -> int:
         """Monotonic ns."""
@@ -376,7 +413,7 @@ class Connection(asyncio.Protocol):
         self._session = self.server.connected(self, transport.get_extra_info("socket"))
         if self._session is not None:
             self.server.waiting.add(self)
-            self._patience = asyncio.get_running_loop().call_later(GREETING_S, transport.abort)
+            self._patience = asyncio.get_running_loop().call_later(GREETING_S, self._no_greeting)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._settled_in()
@@ -391,10 +428,15 @@ class Connection(asyncio.Protocol):
         try:
             messages = self._frames.feed(data)
         except wire.WireError as error:
+            if error.version is not None:
+                self.refuse("version", session.refuse_version(error.version, None))
+                return
             self.server.refusals("malformed", session.uid, str(error))
             self.refuse("malformed", str(error))
             return
         now_ns = self.server.now_ns()
+        if self._greeted and messages:
+            session.resumed.clear()  # a program says nothing more before it has read the whole answer to its greeting
         for message in messages:
             if not self._greeted:
                 if isinstance(message, wire.StatusAsked):  # a look at the page needs no greeting
@@ -411,6 +453,9 @@ class Connection(asyncio.Protocol):
                 self.server.answer(self, message)
             else:
                 session.take(message, now_ns)
+        if session.closed_ns is not None:
+            self.server.closed(session.closed_ns)
+            session.closed_ns = None
         if self._greeted and session.asked is None:
             self.server.answered()
 
@@ -430,6 +475,10 @@ class Connection(asyncio.Protocol):
         """Say why and end the connection."""
         self.send([wire.Refused(code, text)])
         self.transport.close()
+
+    def _no_greeting(self) -> None:
+        self._patience = None
+        self.refuse("greeting", f"no greeting came within {GREETING_S:g} s")
 
     def _settled_in(self) -> None:
         self.server.waiting.discard(self)

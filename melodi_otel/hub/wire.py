@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import msgspec
 
 from melodi_otel.attribution.meter import Decode, EngineState, Joined, Late, Outcome, Prefill, Quality, Share
 from melodi_otel.devices import Device
+
+if TYPE_CHECKING:
+    Row: TypeAlias = Prefill
+    Member: TypeAlias = Joined
+    Number: TypeAlias = Decode
+    Lateness: TypeAlias = Late
 
 VERSION: Final = 1
 FRAME_LIMIT: Final = 1 << 20
@@ -27,10 +33,50 @@ Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Trace: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=16)]
 Time: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Change: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 16), le=1 << 16)]
+Size: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0, le=1e18)]
+"""A fact of a model; what is no number (NaN) or has no end is refused: one of them would spoil the sums of everybody."""
+Joules: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+Labels: TypeAlias = Annotated[dict[Text, Text], msgspec.Meta(max_length=256)]
+Devices: TypeAlias = Annotated[list[Text], msgspec.Meta(max_length=256)]
+ROWS: Final = 10_000
+"""Sequences that one list of a step may name."""
+
+if not TYPE_CHECKING:
+    # The records of the meter interface know no bounds; what comes from another process has some.
+    class Row(Prefill):  # noqa: D101
+        __slots__ = ()
+        id: Text
+        tokens: Count
+        context: Count
+
+    class Member(Joined):  # noqa: D101
+        __slots__ = ()
+        id: Text
+        context: Count
+
+    class Number(Decode):  # noqa: D101
+        __slots__ = ()
+        n: Count
+        context: Count
+
+    class Lateness(Late):  # noqa: D101
+        __slots__ = ()
+        beside: Annotated[tuple[Time, ...], msgspec.Meta(max_length=10_000)]
+        elsewhere: bool
+
+
+Rows: TypeAlias = Annotated[list[Row], msgspec.Meta(max_length=ROWS)]
 
 
 class WireError(Exception):
-    """A frame that cannot be used; the text says why."""
+    """A frame that cannot be used; the text says why.
+
+    Attributes:
+        version: of the wire, where it is a greeting in another one than ours.
+    """
+
+    version: int | None = None
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):
@@ -73,10 +119,10 @@ class EngineTold(Message, tag=2, frozen=True):
     t_ns: Time
     state: EngineState
     model: Text | None
-    devices: list[Text] | None
-    world: int | None
-    pids: list[int]
-    facts: tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
+    devices: Devices | None
+    world: Count | None
+    pids: Annotated[list[Count], msgspec.Meta(max_length=ROWS)]
+    facts: tuple[Size | None, Size | None, Size | None, Count | None, Count | None, Count | None, Count | None]
 
 
 class Opened(Message, tag=3, frozen=True):
@@ -88,15 +134,15 @@ class Opened(Message, tag=3, frozen=True):
     request: Text
     t_ns: Time
     engine: Count | None
-    devices: list[Text] | None
+    devices: Devices | None
     model: Text | None
     prompt_tokens: Count | None
     cached_tokens: Count | None
-    labels: dict[Text, Text]
+    labels: Labels
     parent: Text | None
     threaded: bool
     probed: bool
-    late: Late | None
+    late: Lateness | None
 
 
 class Bound(Message, tag=4, frozen=True):
@@ -125,12 +171,12 @@ class Stepped(Message, tag=6, frozen=True):
     seq: Count
     t0_ns: Time
     t1_ns: Time
-    devices: list[Text] | None
-    decode: Decode
-    prefill: list[Prefill]
-    computed: list[Prefill]
-    joined: list[Joined]
-    left: list[Text]
+    devices: Devices | None
+    decode: Number
+    prefill: Rows
+    computed: Rows
+    joined: Annotated[list[Member], msgspec.Meta(max_length=ROWS)]
+    left: Annotated[list[Text], msgspec.Meta(max_length=ROWS)]
 
 
 class Closed(Message, tag=7, frozen=True):
@@ -155,7 +201,7 @@ class Unseen(Message, tag=9, frozen=True):
     """``change`` more pieces of work run that will be reported late."""
 
     t_ns: Time
-    change: int
+    change: Change
 
 
 class Observed(Message, tag=10, frozen=True):
@@ -173,12 +219,12 @@ class Observed(Message, tag=10, frozen=True):
     outcome: Outcome
     error_type: Text | None
     instrumented: bool
-    total: float | None
+    total: Joules | None
     scope: Text | None
     quality: Quality
     trace: Trace
     span: Trace
-    labels: dict[Text, Text]
+    labels: Labels
 
 
 class Answered(Message, tag=11, frozen=True):
@@ -355,25 +401,44 @@ class Frames:
             WireError: a frame is too large, is no frame of this wire, or is not the next one; nothing after it can be read.
         """
         held = self._held
-        held += data
+        if held:
+            held += data
+            data, held = memoryview(held), bytearray()
         found: list[Any] = []
-        at = 0
-        while len(held) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(held, at)
-            if length > FRAME_LIMIT:
-                raise WireError(f"a frame of {length} bytes is announced; the most is {FRAME_LIMIT}")
-            stop = at + _LENGTH.size + length
-            if len(held) < stop:
-                break
-            try:
-                number, messages = self._decoder.decode(bytes(memoryview(held)[at + _LENGTH.size : stop]))
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
-                raise WireError(f"a frame cannot be read: {error}") from None
-            if number != self._next:
-                raise WireError(f"frame {number} came where {self._next} was due")
-            self._next += 1
-            found += messages
-            at = stop
-        if at:
-            del held[:at]
+        at, end = 0, len(data)
+        with memoryview(data) as view:
+            while end - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(view, at)
+                if length > FRAME_LIMIT:
+                    raise WireError(f"a frame of {length} bytes is announced; the most is {FRAME_LIMIT}")
+                stop = at + _LENGTH.size + length
+                if end < stop:
+                    break
+                found += self._frame(view[at + _LENGTH.size : stop])
+                at = stop
+            held += view[at:]
+        self._held = held
         return found
+
+    def _frame(self, raw: memoryview) -> list[Any]:
+        try:
+            number, messages = self._decoder.decode(raw)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as failure:
+            error = WireError(f"a frame cannot be read: {failure}")
+            error.version = _version_of(raw) if self._next == 0 else None
+            raise error from None
+        if number != self._next:
+            raise WireError(f"frame {number} came where {self._next} was due")
+        self._next += 1
+        return messages
+
+
+def _version_of(raw: memoryview) -> int | None:
+    """The version in a first frame that cannot be read: only the first two items of a greeting are the same in all of them."""
+    try:
+        frame = msgspec.msgpack.decode(raw, type=tuple[int, list[list[Any]]])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError):
+        return None
+    first = frame[1][0] if frame[1] else []
+    version = first[1] if len(first) > 1 and first[0] == 1 else None
+    return version if isinstance(version, int) and version != VERSION else None

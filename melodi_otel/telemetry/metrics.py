@@ -69,7 +69,7 @@ class Views:
         devices: all devices by ``hw.id``.
         hardware: what the meters show.
         spans: the counts of waiting spans.
-        configured: configuration to publish.
+        configured: configuration to publish; asked anew each time, for a reload changes it.
         publisher: whether this process publishes the host's own series (``hw.*``, unattributed, residual, …).
         metric_labels: names of the labels that metrics of requests carry.
         identity: ``service.name`` and ``service.namespace`` of the requests made here, where known.
@@ -84,7 +84,7 @@ class Views:
     devices: Callable[[], Mapping[str, Device]]
     hardware: Callable[[], Hardware] = Hardware
     spans: Callable[[], SpanCounts] = lambda: SpanCounts(0, {})
-    configured: Configured = Configured()
+    configured: Callable[[], Configured] = Configured
     publisher: Callable[[], bool] = lambda: True
     metric_labels: tuple[str, ...] = ()
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -139,10 +139,10 @@ class Instruments:
             metrics.SPAN_SETTLED,
             lambda v: [(n, {names.SPAN_OUTCOME: outcome}) for outcome, n in v.spans().settled.items()],
         )
-        self._observe(metrics.CARBON_INTENSITY, lambda v: _single(v.configured.carbon_intensity))
-        self._observe(metrics.PUE, lambda v: _single(v.configured.pue))
-        self._observe(metrics.PRICE, lambda v: _single(v.configured.energy_price))
-        self._observe(metrics.BUDGET, lambda v: _single(v.configured.energy_budget))
+        self._observe(metrics.CARBON_INTENSITY, lambda v: _single(v.configured().carbon_intensity))
+        self._observe(metrics.PUE, lambda v: _single(v.configured().pue))
+        self._observe(metrics.PRICE, lambda v: _single(v.configured().energy_price))
+        self._observe(metrics.BUDGET, lambda v: _single(v.configured().energy_budget))
         self._requests = meter.create_counter(
             metrics.REQUESTS.name, metrics.REQUESTS.unit, metrics.REQUESTS.description
         )

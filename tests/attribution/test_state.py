@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from melodi_otel.attribution.books import Books
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import EngineId, Key
@@ -58,7 +59,7 @@ def test_a_state_says_what_is_booked_and_what_is_not() -> None:
     (device,) = state.devices
     assert (device.measured, device.in_flight, device.pending, device.settled) == (100.0, 100.0, 100.0, 0.0)
     assert (device.closed_ns, device.reading, device.idle_watts) == (S, Reading(2 * S, 200.0), 20.0)
-    assert [(share.key, share.t1_ns, share.joules) for share in state.accrued] == [(A, S, 100.0)]
+    assert [(share.key, share.t1_ns, share.joules) for share in accrued_in(state)[A]] == [(A, S, 100.0)]
     assert {(part.who.model, part.phase): part.joules for part in device.attributed} == {
         ("m", "static"): 20.0,
         ("m", "unsplit"): 80.0,
@@ -106,7 +107,7 @@ def test_a_request_in_both_ledgers_is_whole() -> None:
     made.counter("D", 6 * S, 600.0)
     future = made.close(A, 6 * S, 1, "stop")
     made.flush(6 * S)
-    (share,) = merge_shares(state.accrued, future.result(0))
+    (share,) = merge_shares(accrued_in(state)[A], future.result(0))
     assert (share.t0_ns, share.t1_ns, share.joules, share.quality) == (0, 6 * S, 200.0, "partial")
     assert share.coverage == pytest.approx(1 / 3)
     assert books(made) == Books("D", measured=600.0, attributed=200.0, unsampled=400.0)

@@ -10,6 +10,7 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.merging import merge_shares
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill, Share
@@ -118,9 +119,7 @@ class World:
     def take_over(self, seconds: float, back: bool) -> None:
         """Kill the ledger ``seconds`` before the next one's first reading; ``back``: clients return before that, not after."""
         state = msgspec.msgpack.decode(msgspec.msgpack.encode(self.ledger.state(self.now_ns)), type=State)
-        kept: dict[Key, list[Share]] = {}
-        for share in state.accrued:
-            kept.setdefault(share.key, []).append(share)
+        kept = accrued_in(state)
         for client in self.clients:
             if client.future is None or not client.future.done():
                 client.kept = merge_shares(client.kept, kept.get(client.key, []))

@@ -47,7 +47,7 @@ def views(kit: Any) -> Views:
             self_joules=1.5,
         ),
         spans=lambda: SpanCounts(3, {"measured": 7, "late": 1}),
-        configured=Configured(pue=1.2, energy_budget=500.0),
+        configured=lambda: Configured(pue=1.2, energy_budget=500.0),
         metric_labels=("tenant",),
         identity={"service.name": "svc"},
     )
