@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.state import State
@@ -17,8 +18,9 @@ from melodi_otel.devices import Device
 from melodi_otel.hub import wire
 from melodi_otel.hub.client import HubClient
 from melodi_otel.hub.journal import Promise
+from melodi_otel.hub.limits import Refusals
 from melodi_otel.hub.moving import MovingMeter
-from melodi_otel.hub.session import Refusals, Session, chunks
+from melodi_otel.hub.session import Session, chunks
 from melodi_otel.hub.wire import Told, Welcome
 from melodi_otel.testing.clock import ManualClock
 
@@ -43,8 +45,7 @@ class Hub:
         if page is not None:
             state, promises = page
             self.ledger.restore(state)
-            for share in state.accrued:
-                self.known.setdefault(share.key, (False, []))[1].append(share)
+            self.known.update((key, (False, shares)) for key, shares in accrued_in(state).items())
             for promise in promises:
                 self.known[Key(promise.group, promise.request)] = (True, promise.shares)
         self.page: Page | None = None
@@ -109,9 +110,8 @@ class Hub:
             self._say(wire.Settled(number, told))
         if accrued:
             so_far: dict[str, list[Share]] = {}
-            for share in state.accrued:
-                if share.key.request in session.open:
-                    so_far.setdefault(share.key.request, []).append(share)
+            for key, shares in accrued_in(state).items():
+                so_far[key.request] = shares
             self._say(wire.Accrued(0, [Told(request, False, shares) for request, shares in so_far.items()]))
         if self.client is not None:
             self.client.pump()
