@@ -127,6 +127,7 @@ class Server:
         self._accrued_ns = self._started_ns = now_ns()
         self._names: dict[int | None, Names] = {}
         self._queued = False
+        self._serving: asyncio.AbstractServer | None = None
         self.refusals: Final = Refusals()
         self.waiting: set[Connection] = set()
         self.connections = 0
@@ -175,12 +176,13 @@ class Server:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            serving = self._loop.run_until_complete(
+            self._serving = self._loop.run_until_complete(
                 self._loop.create_unix_server(lambda: Connection(self), sock=self._listener)
             )
             self._loop.call_later(ALIVE_S, self._alive)
             self._loop.run_forever()
-            serving.close()
+            for connection in [*self._sessions.values(), *self.waiting]:
+                connection.transport.abort()
             self._loop.run_until_complete(asyncio.sleep(0))
         except Exception:
             log.exception("the hub's server ended")
@@ -188,6 +190,8 @@ class Server:
             self._loop.close()
 
     def _leave(self) -> None:
+        if self._serving is not None:
+            self._serving.close()  # whoever comes now belongs to the next hub
         self._settle()
         self._deliver(accrued=True)  # whoever comes back to the next hub finds what it had here
         for connection in list(self._sessions.values()):
