@@ -433,6 +433,8 @@ class Runtime:
         moving = self._moving
         if moving is None:
             return
+        if self._endpoint is not None:
+            moving.seek()  # the page is the hub's, also where only forked workers have requests
         moving.look()
         moving.retire()
         if not moving.is_local:

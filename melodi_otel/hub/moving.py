@@ -117,6 +117,13 @@ class MovingMeter:
         """Whether this process's own ledger is used now."""
         return self._target is self._ledger
 
+    def seek(self) -> None:
+        """Look for a higher hub as if a request had opened: for a process whose children have them and it has none."""
+        t_ns = self._now_ns()
+        if t_ns - self._looked_ns > LOOK_S * 1e9:
+            self._looked_ns = t_ns
+            self._looking = True
+
     def look(self) -> None:
         """Look for a higher hub, at most once in :data:`LOOK_S` seconds, where an open has asked for it.
 

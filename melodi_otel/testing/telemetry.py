@@ -138,6 +138,12 @@ class OtlpReceiver:
         """All metrics (protobuf) so far, after waiting for at least ``number`` of them."""
         return self._await(self._metrics, number, timeout_s)
 
+    def services(self, name: str) -> set[str | None]:
+        """``service.name`` of every resource from which the metric ``name`` came."""
+        with self._changed:
+            found = [plain(resource.attributes) for resource, metric in self._metrics if metric.name == name]
+        return {attributes.get("service.name") for attributes in found}
+
     def resources(self) -> list[dict[str, Any]]:
         """Attributes of the resources of everything received."""
         with self._changed:
