@@ -131,14 +131,15 @@ class _Anew:
     """
 
     def __init__(self, exporter: Any, arguments: dict[str, Any]) -> None:
-        self._exporter = exporter
+        self._exporter: Any = exporter
         self._arguments = arguments
         self._parents: list[dict[str, Any]] = []
         in_child(self._forked)
 
     def _forked(self) -> None:
         # The parent's is kept, not closed: closing takes locks that a thread of the parent may have held.
-        self._parents.append(dict(vars(self._exporter)))
+        parent: dict[str, Any] = self._exporter.__dict__.copy()
+        self._parents.append(parent)
         type(self._exporter).__init__(self._exporter, **self._arguments)
         self._exporter.melodi_anew = self
 
