@@ -455,6 +455,7 @@ class Runtime:
         self._tender.forked()
         self._metric_labels.forked()
         self._models.forked()
+        self._publisher.release()  # the parent's: a copy of its socket would keep the name from everybody
         self._name = secrets.token_hex(8)
         self.station.forked()
         self.store.forked()
