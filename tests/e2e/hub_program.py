@@ -80,6 +80,7 @@ rows = [
     {
         "joules": {share.device: share.joules for share in record.shares},
         "total": record.energy.total,
+        "span": f"{record.span_id:016x}",
         "quality": record.quality,
         "reason": record.energy.reason,
         "method": record.energy.method,
