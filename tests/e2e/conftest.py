@@ -201,7 +201,8 @@ class HubPlace:
     """A runtime directory of its own with fake meters: programs and hubs that run here do not outlive it.
 
     Attributes:
-        path: a directory with a short name (of a socket's path there are 107 bytes) that every user may enter.
+        path: a directory with a short name (of a socket's path there are 107 bytes) that every user may enter; ``open`` in it
+            is everybody's.
         tree: the fake powercap tree; its counters stand still until ``tree.live()``.
         socket: of the shared hub.
     """
@@ -211,6 +212,8 @@ class HubPlace:
         self.path.chmod(0o755)
         self.runtime = self.path / "run"
         self.runtime.mkdir(mode=0o700)
+        (self.path / "open").mkdir()
+        (self.path / "open").chmod(0o777)
         self.tree = FakePowercap(self.path / "sys")
         self.socket = self.runtime / "melodi-otel" / "hub.sock"
         self.sockets = [self.socket]
@@ -251,25 +254,43 @@ class HubPlace:
         return self._processes[-1]
 
     def program(
-        self, env: Mapping[str, str], name: str = "out", before: list[str] | None = None, **spec: Any
+        self,
+        env: Mapping[str, str],
+        name: str = "out",
+        before: list[str] | None = None,
+        how: Mapping[str, Any] | None = None,
+        **spec: Any,
     ) -> subprocess.Popen[bytes]:
-        """Run ``hub_program.py``, which tells what it had in ``path/NAME``."""
+        """Run ``hub_program.py`` behind the words ``before``; it tells what it had in ``path/NAME``."""
         spec.setdefault("out", str(self.path / name))
         words = [*(before or []), sys.executable, str(Path(__file__).with_name("hub_program.py")), json.dumps(spec)]
-        return self.start(words, env, name)
+        return self.start(words, env, name, **(how or {}))
 
-    def agent(self, env: Mapping[str, str], socket_path: Path, *options: str, **how: Any) -> subprocess.Popen[bytes]:
-        """Run ``melodi-otel agent`` and wait until programs can connect."""
-        self.sockets.append(socket_path)
-        words = [sys.executable, "-m", "melodi_otel.cli.app", "agent", "--socket", str(socket_path), *options]
-        started = self.start(words, env, "agent", **how)
+    def agent(
+        self,
+        env: Mapping[str, str],
+        at: Path,
+        *options: str,
+        before: list[str] | None = None,
+        named: str | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Run ``melodi-otel agent`` and wait until it serves at ``at``, which it knows as ``named``."""
+        self.sockets.append(at)
+        words = [*(before or []), sys.executable, "-m", "melodi_otel.cli.app", "agent", "--socket", named or str(at)]
+        seen = len(self.said("agent"))
+        started = self.start([*words, *options], env, "agent")
 
-        def listens() -> bool:
+        def serves() -> bool:
             assert started.poll() is None, self.said("agent")
-            return "serves" in self.said("agent") or self.page(socket_path) is not None
+            return at.exists() and "programs connect to" in self.said("agent")[seen:] and bool(self.journal(at))
 
-        self.until("the agent serves", listens)
+        self.until("the agent serves", serves)
         return started
+
+    def opened(self, at: Path | None = None) -> int:
+        """Requests that the hub's journal has open or waiting for their joules."""
+        state = self.journal(at).get("state", {})
+        return len({share["key"][1] for share in state.get("accrued", [])})
 
     def said(self, name: str = "out") -> str:
         """What the process ``name`` has said so far."""
@@ -382,7 +403,7 @@ class HubPlace:
             process.wait()
         for at in self.sockets:
             pid = self.pid(at)
-            if pid and str(at).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if pid and b"melodi_otel" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
                     os.kill(pid, signal.SIGKILL)

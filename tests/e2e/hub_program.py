@@ -2,7 +2,7 @@
 
 ``requests``, ``parallel``, ``seconds`` (of a middling request), ``busy`` (CPU seconds per second, 0..1), ``go`` (a file to wait
 for before the first one), ``more`` (a file to wait for before it ends), ``out`` (where it tells what it had), ``end``
-(``return`` or ``_exit``), ``user`` ((uid, gid) to become after everything is imported), ``lines`` (log to standard error).
+(``return`` or ``_exit``), ``until`` (a file: ``held`` requests stay open until it is there, and short ones go on beside them).
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import melodi_otel
-import melodi_otel.runtime  # before it becomes somebody who may not read where it lies
 from melodi_otel.instrumentation.seam import Begin, End
 
 spec: dict[str, Any] = json.loads(sys.argv[1])
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-if user := spec.get("user"):
-    os.setgroups(user[1:])
-    os.setgid(user[1])
-    os.setuid(user[0])
 
 
 def wait_for(name: str) -> None:
@@ -44,16 +38,15 @@ def tell(**found: Any) -> None:
 runtime = melodi_otel.instrument()
 assert runtime is not None
 busy = spec.get("busy", 0.2)
-begun = threading.Event()
+until = Path(spec.get("until", "/"))
 
 
-def request(number: int) -> None:
+def request(number: int, *, held: bool = False) -> None:
     tokens = [0]
     begin = Begin("chat", "test", "m", time.monotonic_ns(), prompt_tokens=10, probe=lambda: tokens[0])
     call = runtime.calls.begin(begin)
-    begun.set()
     end = time.monotonic() + spec.get("seconds", 0.2) * (0.5 + number % 7 / 6)
-    while time.monotonic() < end:
+    while time.monotonic() < end or (held and not until.exists()):
         turn = time.monotonic() + 0.01 * busy
         while time.monotonic() < turn:
             pass
@@ -67,6 +60,13 @@ tell(ready=True, local=runtime.hub is None, pid=os.getpid())
 wait_for("go")
 with ThreadPoolExecutor(spec.get("parallel", 4)) as pool:
     list(pool.map(request, range(spec.get("requests", 10))))
+if held := spec.get("held"):
+    with ThreadPoolExecutor(held) as pool:
+        waiting = [pool.submit(request, number, held=True) for number in range(held)]
+        while not until.exists():
+            request(0)
+        for one in waiting:
+            one.result()
 if spec.get("end") == "_exit":
     runtime.wait_settled(20)
     os._exit(0)
@@ -91,4 +91,4 @@ books = {
     name: {"attributed": book.attributed, "measured": book.measured, "imbalance": book.imbalance()}
     for name, book in runtime.snapshot().books.items()
 }
-tell(done=True, local=runtime.hub is None, rows=rows, books=books, page=runtime.endpoint_url)
+tell(done=True, cpu_s=time.process_time(), local=runtime.hub is None, rows=rows, books=books, page=runtime.endpoint_url)

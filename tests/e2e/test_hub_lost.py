@@ -102,14 +102,16 @@ def test_a_killed_hub(hub_place: Any, package: Any, receiver: OtlpReceiver, caps
 
 def test_a_frozen_hub(hub_place: Any, package: Any, receiver: OtlpReceiver, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGSTOP until spans have gone without joules, then SIGCONT: those are `late`, all others have theirs."""
-    started = workers(hub_place, receiver, 50, 0.6)
+    started = workers(hub_place, receiver, 50, 0.7)
     hub = hub_place.hub()
     with hub_place.tree.live():
         (hub_place.path / "go").touch()
         receiver.spans(30, 60.0, metered)
         os.kill(hub, signal.SIGSTOP)
         try:
-            receiver.spans(1, 60.0, lambda span: metered(span) and plain(span.attributes)["melodi.energy.quality"] == "unavailable")
+            for name in NAMES:
+                hub_place.until(f"{name} notices", lambda name=name: "the hub does not answer" in hub_place.said(name))
+            receiver.spans(1, 60.0, lambda span: plain(span.attributes).get("melodi.energy.quality") == "unavailable")
         finally:
             os.kill(hub, signal.SIGCONT)
         told = [hub_place.finish(worker, name) for worker, name in zip(started, NAMES, strict=True)]
@@ -139,9 +141,9 @@ def test_workers_end_as_they_like(hub_place: Any, package: Any, receiver: OtlpRe
     last = hub_place.program(env, "w3", requests=4, parallel=2, seconds=0.4, go=go, more=dead, again=3)
     hub_place.ready(*NAMES)
     with hub_place.tree.live():
-        hub_place.until("four requests are open in the one to be killed", lambda: opened(hub_place) == 4)
+        hub_place.until("four requests are open in the one to be killed", lambda: hub_place.opened() == 4)
         (hub_place.path / "go").touch()
-        hub_place.until("the others have some as well", lambda: opened(hub_place) > 4)
+        hub_place.until("the others have some as well", lambda: hub_place.opened() > 4)
         killed.kill()
         hub_place.finish(gone, "w1")
         hub_place.finish(quick, "w2")
@@ -163,12 +165,6 @@ def test_workers_end_as_they_like(hub_place: Any, package: Any, receiver: OtlpRe
     assert len(spans) >= 8
 
 
-def opened(place: Any) -> int:
-    """Requests that the hub's journal has open or waiting for their joules."""
-    state = place.journal().get("state", {})
-    return len({share["key"][1] for share in state.get("accrued", [])})
-
-
 def test_interrupting_a_terminal(hub_place: Any, package: Any) -> None:
     """Ctrl-C goes to the process group of the terminal; the hub is in none of its programs' groups or sessions."""
     env = hub_place.environ()
@@ -181,9 +177,9 @@ def test_interrupting_a_terminal(hub_place: Any, package: Any) -> None:
     assert os.getpgid(hub) not in (group, os.getpgid(0))
     assert os.getsid(hub) not in (os.getsid(pid), os.getsid(0))
     with hub_place.tree.live():
-        hub_place.until("requests are open", lambda: opened(hub_place))
+        hub_place.until("requests are open", lambda: hub_place.opened())
         os.killpg(group, signal.SIGINT)
         # Threads of a pool end a Python program only when they do; a second one leaves at once.
         hub_place.until("it has ended", lambda: program.poll() is not None or os.killpg(group, signal.SIGKILL) or False)
-        hub_place.until("its requests are closed", lambda: not opened(hub_place))
+        hub_place.until("its requests are closed", lambda: not hub_place.opened())
     assert hub_place.pid() == hub
