@@ -247,10 +247,10 @@ class HubPlace:
             }
         return env | more
 
-    def start(self, words: list[str], env: Mapping[str, str], name: str = "out", **how: Any) -> subprocess.Popen[bytes]:
+    def start(self, words: list[str], env: Mapping[str, str], name: str = "out") -> subprocess.Popen[bytes]:
         """Run ``words``; what it says goes to ``path/NAME.log``."""
         with (self.path / f"{name}.log").open("ab") as log:
-            self._processes.append(subprocess.Popen(words, env=dict(env), stdout=log, stderr=log, **how))
+            self._processes.append(subprocess.Popen(words, env=dict(env), stdout=log, stderr=log))
         return self._processes[-1]
 
     def program(
@@ -258,13 +258,12 @@ class HubPlace:
         env: Mapping[str, str],
         name: str = "out",
         before: list[str] | None = None,
-        how: Mapping[str, Any] | None = None,
         **spec: Any,
     ) -> subprocess.Popen[bytes]:
         """Run ``hub_program.py`` behind the words ``before``; it tells what it had in ``path/NAME``."""
         spec.setdefault("out", str(self.path / name))
         words = [*(before or []), sys.executable, str(Path(__file__).with_name("hub_program.py")), json.dumps(spec)]
-        return self.start(words, env, name, **(how or {}))
+        return self.start(words, env, name)
 
     def agent(
         self,

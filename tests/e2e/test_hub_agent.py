@@ -51,16 +51,6 @@ def group() -> grp.struct_group:
 
 
 @pytest.fixture
-def somebody(hub_place: Any) -> dict[str, Any]:
-    """How to run a program as a user without any right, if that user may read the interpreter and this package."""
-    how: dict[str, Any] = {"user": SOMEBODY, "group": SOMEBODY, "extra_groups": []}
-    words = [sys.executable, "-c", "import melodi_otel.runtime"]
-    if subprocess.run(words, env=hub_place.environ(), capture_output=True, check=False, cwd="/", **how).returncode:
-        pytest.skip("other users may not read this checkout or its interpreter")
-    return how
-
-
-@pytest.fixture
 def unshare() -> str:
     """The program, where this system lets namespaces be made."""
     found = shutil.which("unshare")
@@ -70,14 +60,48 @@ def unshare() -> str:
     return found
 
 
-def doctor(env: dict[str, str], how: dict[str, Any]) -> dict[str, Any]:
-    words = [sys.executable, "-m", "melodi_otel.cli.app", "doctor", "--json"]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, cwd="/", **how)
+@pytest.fixture
+def somebody(hub_place: Any, unshare: str) -> Callable[..., list[str]]:
+    """``somebody(gid, …)``: the words before a program that runs as a user without any right, in these groups.
+
+    Directories that only root may pass on the way to the interpreter and this package are replaced, in a mount namespace of
+    the program's own, by open ones with the same content.
+    """
+    lines = ["set -e"]
+    closed: dict[Path, list[Path]] = {}
+    for needed in {Path(sys.base_prefix), Path(sys.prefix), Path(__file__).parents[2]}:
+        for parent in reversed(needed.resolve().parents):
+            if not parent.stat().st_mode & 0o001:
+                closed.setdefault(parent, []).append(needed.resolve())
+                break
+    for number, (directory, below) in enumerate(closed.items()):
+        kept = hub_place.path / f"kept{number}"
+        kept.mkdir()
+        lines += [f"mount --rbind {directory} {kept}", f"mount -t tmpfs -o mode=755 none {directory}"]
+        for path in below:
+            lines += [f"mkdir -p {path}", f"mount --rbind {kept / path.relative_to(directory)} {path}"]
+    lines.append('exec "$@"')
+
+    def words(*groups: int) -> list[str]:
+        chosen = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
+        who = ["setpriv", "--reuid", str(SOMEBODY), "--regid", str(SOMEBODY), *chosen, "--"]
+        return [unshare, "--mount", "sh", "-c", "\n".join(lines), "sh", *who]
+
+    subprocess.run(
+        [*words(), sys.executable, "-c", "import melodi_otel.runtime"],
+        env=hub_place.environ(), check=True, capture_output=True, cwd="/",
+    )  # fmt: skip
+    return words
+
+
+def doctor(env: dict[str, str], before: list[str]) -> dict[str, Any]:
+    words = [*before, sys.executable, "-m", "melodi_otel.cli.app", "doctor", "--json"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, cwd="/")
     return json.loads(done.stdout)
 
 
 def test_unprivileged_users(
-    hub_place: Any, package: Any, socket: Path, group: grp.struct_group, somebody: dict[str, Any]
+    hub_place: Any, package: Any, socket: Path, group: grp.struct_group, somebody: Callable[..., list[str]]
 ) -> None:
     """A member of the agent's group gets measured package joules; without the agent, or outside, the reason and the fix."""
     hub_place.agent(
@@ -88,14 +112,13 @@ def test_unprivileged_users(
     status = Path(f"/proc/{hub_place.pid(socket)}/status").read_text()
     assert f"CapEff:\t{1 << 2 | 1 << 38:016x}" in status or f"CapEff:\t{1 << 2:016x}" in status
     env = hub_place.environ(MELODI_HUB=str(socket))
-    member = somebody | {"extra_groups": [group.gr_gid]}
     runs = {
-        "open/member": (env, member),
-        "open/outside": (env, somebody),
-        "open/alone": (hub_place.environ(MELODI_HUB="local"), somebody),
+        "open/member": (env, somebody(group.gr_gid)),
+        "open/outside": (env, somebody()),
+        "open/alone": (hub_place.environ(MELODI_HUB="local"), somebody()),
     }
     with hub_place.tree.live():
-        started = {name: hub_place.program(e, name, how=how, requests=4) for name, (e, how) in runs.items()}
+        started = {name: hub_place.program(e, name, before=who, requests=4) for name, (e, who) in runs.items()}
         told = {name: hub_place.finish(process, name) for name, process in started.items()}
     rows = told["open/member"]["rows"]
     assert len(rows) == 4
@@ -106,10 +129,10 @@ def test_unprivileged_users(
         assert told[name]["local"]
         assert {(row["quality"], row["reason"]) for row in told[name]["rows"]} == {("unavailable", "permission_denied")}
     assert f"only root and members of the group {group.gr_name} may connect" in hub_place.said("open/outside")
-    refused = doctor(env, somebody)["hub"]["hubs"][0]
+    refused = doctor(env, somebody())["hub"]["hubs"][0]
     assert refused["state"] == "permission_denied"
     assert f"usermod -aG {group.gr_name}" in refused["fix"]
-    alone = doctor(hub_place.environ(MELODI_HUB="local"), somebody)
+    alone = doctor(hub_place.environ(MELODI_HUB="local"), somebody())
     rapl = [found for found in json.loads(json.dumps(alone))["refusals"] if found["source"].startswith("rapl")]
     assert rapl
     assert {found["state"] for found in rapl} == {"permission_denied"}
@@ -207,7 +230,7 @@ def test_a_restarted_agent(hub_place: Any, package: Any, socket: Path) -> None:
 
 
 def test_hubs_of_two_users(
-    hub_place: Any, package: Any, somebody: dict[str, Any], free_port: Callable[[], int]
+    hub_place: Any, package: Any, somebody: Callable[..., list[str]], free_port: Callable[[], int]
 ) -> None:
     """Each user has a hub; the machine's energy is on one of their two pages."""
     package.energy_path.chmod(0o444)
@@ -220,7 +243,7 @@ def test_hubs_of_two_users(
     theirs = hub_place.environ(MELODI_METRICS_ADDR=f"127.0.0.1:{free_port()}", XDG_RUNTIME_DIR=str(other))
     with hub_place.tree.live():
         runs = [hub_place.program(mine, "open/a", requests=3)]
-        runs.append(hub_place.program(theirs, "open/b", how=somebody, requests=3))
+        runs.append(hub_place.program(theirs, "open/b", before=somebody(), requests=3))
         told = [hub_place.finish(process, name) for process, name in zip(runs, ("open/a", "open/b"), strict=True)]
         pages = [hub_place.fetch(), hub_place.fetch(at=at)]
     assert not any(program["local"] for program in told)
