@@ -152,7 +152,8 @@ class MovingMeter:
                 return True
             client.known.wait(max(0.0, end - time.monotonic()))
             time.sleep(0.001)  # the next one may take its place just now
-        return self.is_local or (client is not None and client.hub is not None)
+        with self._lock:  # a move that goes on just now is waited for
+            return self.is_local or (client is not None and client.hub is not None)
 
     def end(self, timeout: float) -> None:
         """Hang up on every hub; waits at most ``timeout`` seconds for each."""

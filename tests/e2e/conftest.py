@@ -281,7 +281,7 @@ class HubPlace:
 
         def serves() -> bool:
             assert started.poll() is None, self.said("agent")
-            return at.exists() and "programs connect to" in self.said("agent")[seen:] and bool(self.journal(at))
+            return at.exists() and "programs connect to" in self.said("agent")[seen:]
 
         self.until("the agent serves", serves)
         return started
@@ -295,6 +295,10 @@ class HubPlace:
         """What the process ``name`` has said so far."""
         path = self.path / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    def said_by_hub(self) -> str:
+        """What the shared hub has said so far."""
+        return self.socket.with_name("hub.sock.log").read_text(errors="replace")
 
     def told(self, name: str = "out") -> dict[str, Any]:
         """What the program ``name`` has told so far."""
