@@ -1,6 +1,6 @@
 """A server of four worker processes that share one meter.
 
-    MELODI_SOURCES=estimate gunicorn -c examples/gunicorn.conf
+    MELODI_SOURCES=estimate gunicorn -c examples/gunicorn/hub_workers.conf.py
     curl http://127.0.0.1:8000/32          # 32 tokens, and what they cost
     melodi-otel top --once                 # all workers on one page, the machine's energy once
 
@@ -45,7 +45,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    config = Path(__file__).with_name("gunicorn.conf")
+    config = Path(__file__).parent / "gunicorn" / "hub_workers.conf.py"
     words = [sys.executable, "-m", "gunicorn", "-c", str(config), "--bind", address, "--log-level", "warning"]
     server = subprocess.Popen(words)
 

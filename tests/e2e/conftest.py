@@ -393,9 +393,7 @@ class HubPlace:
             parts = [part["joules"] for part in device["attributed"] if part["quality"] != "unavailable"]
             device["usable"] = sum(parts)
             names = {bucket["bucket"] for bucket in device["buckets"]}
-            device["in"] = {
-                name: sum(b["joules"] for b in device["buckets"] if b["bucket"] == name) for name in names
-            }
+            device["in"] = {name: sum(b["joules"] for b in device["buckets"] if b["bucket"] == name) for name in names}
         return found
 
     def close(self) -> None:

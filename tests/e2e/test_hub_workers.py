@@ -1,4 +1,4 @@
-"""Workers of one server share one hub: every joule of package and GPU is told once, and the machine's energy is published once."""
+"""Workers of one server share one hub: every joule of package and GPU is told once, and the machine's energy published once."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def check(load: Load, receiver: OtlpReceiver, services: set[str], requests: int)
         assert in_spans + buckets == pytest.approx(counted[name], rel=1e-9)
         assert book["in_flight_joules"] == 0
     page = place.fetch()
-    shown_joules = dict(re.findall(r'^hw_energy_joules_total\{.*?hw_id="([^"]+)".*?\} (\S+)$', page, re.M))
+    shown_joules = dict(re.findall(r'^hw_energy_joules_total\{.*?hw_id="([^"]+)".*?\} (\S+)$', page, re.MULTILINE))
     assert {name: float(joules) for name, joules in shown_joules.items()} == pytest.approx(counted, rel=1e-9)
-    lines = re.findall(r'^melodi_requests_total\{.*?service_name="([^"]+)".*?\} (\S+)$', page, re.M)
+    lines = re.findall(r'^melodi_requests_total\{.*?service_name="([^"]+)".*?\} (\S+)$', page, re.MULTILINE)
     by_service: dict[str, float] = {}
     for service, number in lines:
         by_service[service] = by_service.get(service, 0.0) + float(number)
