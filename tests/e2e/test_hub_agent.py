@@ -217,8 +217,10 @@ def test_a_restarted_agent(hub_place: Any, package: Any, socket: Path) -> None:
         measured = hub_place.journal(socket)["devices"][PACKAGE]["measured"]
         first.terminate()
         assert first.wait(30) == 0, hub_place.said("agent")
-        second = hub_place.agent(hub_place.environ(), socket, "--metrics-addr", "off")
-        hub_place.until("they are the new one's", lambda: hub_place.opened(socket) >= 3 and second.poll() is None)
+        old = hub_place.journal(socket)["hub"]
+        hub_place.agent(hub_place.environ(), socket, "--metrics-addr", "off")
+        hub_place.until("the books are the new one's", lambda: hub_place.journal(socket)["hub"] != old)
+        hub_place.until("so are the requests", lambda: hub_place.opened(socket) >= 3)
         until.touch()
         told = hub_place.finish(program)
         book = hub_place.settled(socket)[PACKAGE]
