@@ -100,6 +100,7 @@ class HubProcess:
         self._meters: MeterSeam | None = None
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
+        self._told: str | None = None
         self.server: Server | None = None
         self._clocks = GroupClocks(config.procfs_root)
         self.station = Station(
@@ -148,6 +149,7 @@ class HubProcess:
         while not self._stop.wait(0.5):
             self._publisher.attend()
             self._publisher()
+            self._tell_address()
             self.station.sampler.wall.note()
             server = self.server
             if self.mode == "shared" and server is not None and server.idle_s() > self._linger_s:
@@ -278,10 +280,12 @@ class HubProcess:
         return None if server is None else HubStatus(server.connected_now, sum(server.refusals.counts.values()))
 
     def _tell_address(self) -> None:
-        """Write beside the socket where the page is, for people and for ``top``."""
-        if self._address is not None and self.endpoint_url is not None:
+        """Write beside the socket where the page is, for people and for ``top``; a busy address is bound later."""
+        url = self.endpoint_url
+        if self._address is not None and url not in (None, self._told):
+            self._told = url
             with contextlib.suppress(OSError):
-                self._address.write_text(f"{self.endpoint_url}\n", encoding="utf-8")
+                self._address.write_text(f"{url}\n", encoding="utf-8")
 
     def _moved(self) -> None:
         if self.server is not None:

@@ -435,6 +435,8 @@ class Runtime:
         moving = self._moving
         if moving is None:
             return
+        if self._endpoint is not None:
+            moving.seek()  # the page is the hub's, also where only forked workers have requests
         moving.look()
         moving.retire()
         if not moving.is_local:
@@ -457,6 +459,7 @@ class Runtime:
         self._tender.forked()
         self._metric_labels.forked()
         self._models.forked()
+        self._publisher.release()  # the parent's: a copy of its socket would keep the name from everybody
         self._name = secrets.token_hex(8)
         self.station.forked()
         self.store.forked()

@@ -126,6 +126,13 @@ class MovingMeter:
         """Whether this process's own ledger is used now."""
         return self._target is self._ledger
 
+    def seek(self) -> None:
+        """Look for a higher hub as if a request had opened: for a process whose children have them and it has none."""
+        t_ns = self._now_ns()
+        if t_ns - self._looked_ns > LOOK_S * 1e9:
+            self._looked_ns = t_ns
+            self._looking = True
+
     def look(self) -> None:
         """Look for a higher hub, at most once in :data:`LOOK_S` seconds, where an open has asked for it.
 
@@ -154,7 +161,8 @@ class MovingMeter:
                 return True
             client.known.wait(max(0.0, end - time.monotonic()))
             time.sleep(0.001)  # the next one may take its place just now
-        return self.is_local or (client is not None and client.hub is not None)
+        with self._lock:  # a move that goes on just now is waited for
+            return self.is_local or (client is not None and client.hub is not None)
 
     def end(self, timeout: float) -> None:
         """Hang up on every hub, for good; waits at most ``timeout`` seconds for each."""

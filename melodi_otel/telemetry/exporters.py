@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from melodi_otel.telemetry import sdk
+from melodi_otel.telemetry.forks import in_child
 
 log = logging.getLogger("melodi_otel")
 
@@ -109,7 +110,7 @@ def _otlp_spans(environ: Mapping[str, str]) -> Any:
         return Grpc(endpoint=_endpoint(environ, "TRACES") or None, compression=_compression(environ, "TRACES"))
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
 
-    return Http(endpoint=_http_endpoint(environ, "TRACES"))
+    return _apart(Http, endpoint=_http_endpoint(environ, "TRACES"))
 
 
 def _otlp_metrics(environ: Mapping[str, str]) -> Any:
@@ -119,7 +120,34 @@ def _otlp_metrics(environ: Mapping[str, str]) -> Any:
         return Grpc(endpoint=_endpoint(environ, "METRICS") or None, compression=_compression(environ, "METRICS"))
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as Http
 
-    return Http(endpoint=_http_endpoint(environ, "METRICS"))
+    return _apart(Http, endpoint=_http_endpoint(environ, "METRICS"))
+
+
+class _Anew:
+    """Makes an HTTP exporter anew in a forked child.
+
+    The SDK starts its thread again there and leaves it the parent's open connection: both would write into one stream, and
+    what arrives is neither's.
+    """
+
+    def __init__(self, exporter: Any, arguments: dict[str, Any]) -> None:
+        self._exporter: Any = exporter
+        self._arguments = arguments
+        self._parents: list[dict[str, Any]] = []
+        in_child(self._forked)
+
+    def _forked(self) -> None:
+        # The parent's is kept, not closed: closing takes locks that a thread of the parent may have held.
+        parent: dict[str, Any] = self._exporter.__dict__.copy()
+        self._parents.append(parent)
+        type(self._exporter).__init__(self._exporter, **self._arguments)
+        self._exporter.melodi_anew = self
+
+
+def _apart(kind: Any, **arguments: Any) -> Any:
+    exporter = kind(**arguments)
+    exporter.melodi_anew = _Anew(exporter, arguments)
+    return exporter
 
 
 def _periodic(exporter: Any) -> MetricReader:

@@ -138,6 +138,17 @@ class OtlpReceiver:
         """All metrics (protobuf) so far, after waiting for at least ``number`` of them."""
         return self._await(self._metrics, number, timeout_s)
 
+    def services(self, name: str, since_ns: int = 0) -> set[str | None]:
+        """``service.name`` of every resource that collected points of the metric ``name``, since ``since_ns`` (wall)."""
+        found: set[str | None] = set()
+        with self._changed:
+            for resource, metric in self._metrics:
+                kind = metric.WhichOneof("data") if metric.name == name else None
+                points = () if kind is None else getattr(metric, kind).data_points
+                if any(point.time_unix_nano >= since_ns for point in points):
+                    found.add(plain(resource.attributes).get("service.name"))
+        return found
+
     def resources(self) -> list[dict[str, Any]]:
         """Attributes of the resources of everything received."""
         with self._changed:

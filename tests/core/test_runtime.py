@@ -163,6 +163,34 @@ def test_one_publisher_per_host() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_keeps_the_publishers_name_from_nobody(config: Config) -> None:
+    """While a child lives that was forked from the publisher, another meter can take its place."""
+    name = f"melodi-otel/test-{os.getpid()}"
+    runtime = Runtime(config, environ={})
+    runtime._publisher = Publisher(name)
+    runtime.start()
+    assert runtime._publisher()
+    (read, write), (born, bears) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.write(bears, b"x")
+        os.read(read, 1)  # until the parent closes its end, or is gone
+        os._exit(0)
+    os.read(born, 1)
+    runtime._publisher.release()
+    other = Publisher(name)
+    took = other()
+    os.close(write)
+    os.waitpid(child, 0)
+    os.close(read), os.close(born), os.close(bears)
+    other.close()
+    runtime.shutdown()
+    assert took
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_its_own_books(config: Config) -> None:
     """The child meters its own requests with threads of its own; the parent's requests and publishing stay the parent's."""
     runtime = Runtime(config, environ={})

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from melodi_otel.testing.powercap import FakePowercap
@@ -186,3 +195,226 @@ def serve() -> Iterator[Callable[[list[str], Mapping[str, str]], Server]]:
     yield start
     for server in made:
         server.kill()
+
+
+class HubPlace:
+    """A runtime directory of its own with fake meters: programs and hubs that run here do not outlive it.
+
+    Attributes:
+        path: a directory with a short name (of a socket's path there are 107 bytes) that every user may enter; ``open`` in it
+            is everybody's.
+        tree: the fake powercap tree; its counters stand still until ``tree.live()``.
+        socket: of the shared hub.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="mo", dir="/tmp"))
+        self.path.chmod(0o755)
+        self.runtime = self.path / "run"
+        self.runtime.mkdir(mode=0o700)
+        (self.path / "open").mkdir()
+        (self.path / "open").chmod(0o777)
+        self.tree = FakePowercap(self.path / "sys")
+        self.socket = self.runtime / "melodi-otel" / "hub.sock"
+        self.sockets = [self.socket]
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def environ(self, to: OtlpReceiver | None = None, **more: str) -> dict[str, str]:
+        """Variables of a program here; telemetry goes to ``to``."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MELODI_", "OTEL_"))}
+        env |= {
+            "XDG_RUNTIME_DIR": str(self.runtime),
+            "MELODI_SYSFS_ROOT": str(self.tree.root),
+            "MELODI_SOURCES": "rapl",
+            "MELODI_NVML_LIBRARY": "/nowhere/libnvidia-ml.so.1",
+            "MELODI_HUB": "shared",
+            "MELODI_HUB_LINGER": "30",
+            "MELODI_METRICS_ADDR": "off",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), env.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if to is not None:
+            env |= {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": to.http_endpoint,
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+                "OTEL_LOGS_EXPORTER": "none",
+                "OTEL_BSP_SCHEDULE_DELAY": "100",
+                "OTEL_METRIC_EXPORT_INTERVAL": "500",
+                "OTEL_SERVICE_NAME": "chat",
+            }
+        return env | more
+
+    def start(self, words: list[str], env: Mapping[str, str], name: str = "out") -> subprocess.Popen[bytes]:
+        """Run ``words``; what it says goes to ``path/NAME.log``."""
+        with (self.path / f"{name}.log").open("ab") as log:
+            self._processes.append(subprocess.Popen(words, env=dict(env), stdout=log, stderr=log))
+        return self._processes[-1]
+
+    def program(
+        self,
+        env: Mapping[str, str],
+        name: str = "out",
+        before: list[str] | None = None,
+        **spec: Any,
+    ) -> subprocess.Popen[bytes]:
+        """Run ``hub_program.py`` behind the words ``before``; it tells what it had in ``path/NAME``."""
+        spec.setdefault("out", str(self.path / name))
+        words = [*(before or []), sys.executable, str(Path(__file__).with_name("hub_program.py")), json.dumps(spec)]
+        return self.start(words, env, name)
+
+    def agent(
+        self,
+        env: Mapping[str, str],
+        at: Path,
+        *options: str,
+        before: list[str] | None = None,
+        named: str | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Run ``melodi-otel agent`` and wait until it serves at ``at``, which it knows as ``named``."""
+        self.sockets.append(at)
+        words = [*(before or []), sys.executable, "-m", "melodi_otel.cli.app", "agent", "--socket", named or str(at)]
+        seen = len(self.said("agent"))
+        started = self.start([*words, *options], env, "agent")
+
+        def serves() -> bool:
+            assert started.poll() is None, self.said("agent")
+            return at.exists() and "programs connect to" in self.said("agent")[seen:]
+
+        self.until("the agent serves", serves)
+        return started
+
+    def opened(self, at: Path | None = None) -> int:
+        """Requests that the hub's journal has open or waiting for their joules."""
+        state = self.journal(at).get("state", {})
+        return len({share["key"][1] for share in state.get("accrued", [])})
+
+    def said(self, name: str = "out") -> str:
+        """What the process ``name`` has said so far."""
+        path = self.path / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def said_by_hub(self) -> str:
+        """What the shared hub has said so far."""
+        return self.socket.with_name("hub.sock.log").read_text(errors="replace")
+
+    def told(self, name: str = "out") -> dict[str, Any]:
+        """What the program ``name`` has told so far."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def ready(self, *names: str) -> None:
+        """Wait until these programs may begin."""
+        for name in names:
+            self.until(f"{name} is ready", lambda name=name: self.told(name))
+
+    def finish(self, process: subprocess.Popen[bytes], name: str = "out", code: int = 0) -> dict[str, Any]:
+        """Wait for its end; what it told.
+
+        It must end with ``code`` and may not print a stack.
+        """
+        ended = process.wait(90)
+        assert ended == code, f"{ended}: {self.said(name)}"
+        assert "Traceback" not in self.said(name), self.said(name)
+        return self.told(name)
+
+    def until(self, what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+        """Wait until ``condition`` is true; its value.
+
+        Raises:
+            TimeoutError: it did not become so; with what everything here said.
+        """
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            if time.monotonic() > end:
+                logs = [*self.path.glob("*.log"), *self.path.glob("run*/melodi-otel/*.log")]
+                said = "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+                raise TimeoutError(f"not within {seconds:g} s: {what}\n{said}")
+            time.sleep(0.02)
+        return found
+
+    def pid(self, at: Path | None = None) -> int:
+        """The hub's process, as the lock beside the socket tells; 0: none."""
+        path = at or self.socket
+        try:
+            text = path.with_name(f"{path.name}.lock").read_text().strip()
+            pid = int(text) if text else 0
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, ValueError):
+            return 0
+        return 0 if state == "Z" else pid
+
+    def hub(self) -> int:
+        """The pid of the shared hub, as soon as it serves."""
+        return self.until("a hub serves", lambda: self.socket.exists() and self.journal() and self.pid())
+
+    def page(self, at: Path | None = None) -> str | None:
+        """Where the hub serves metrics, or None."""
+        path = at or self.socket
+        try:
+            return path.with_name(f"{path.name}.metrics").read_text().strip() or None
+        except OSError:
+            return None
+
+    def fetch(self, path: str = "/metrics", at: Path | None = None) -> str:
+        """A path of the hub's page."""
+        url = self.until("the hub tells its page", lambda: self.page(at))
+        with urllib.request.urlopen(url.removesuffix("/metrics") + path, timeout=20) as answer:
+            return answer.read().decode()
+
+    def journal(self, at: Path | None = None) -> dict[str, Any]:
+        """The hub's journal, empty where there is none; devices of its state by id."""
+        path = at or self.socket
+        try:
+            found = msgspec.msgpack.decode(path.with_name(f"{path.name}.journal").read_bytes())
+        except OSError:
+            return {}
+        found["devices"] = {device["device"]["id"]: device for device in found["state"]["devices"]}
+        return found
+
+    def settled(self, at: Path | None = None) -> dict[str, dict[str, Any]]:
+        """The books by device, from the journal, once nothing is open or under way in them.
+
+        ``counted`` is what requests, buckets and residual sum to, ``usable`` the attributed joules that a span may show.
+        """
+
+        def done() -> dict[str, Any] | None:
+            state = self.journal(at)
+            devices = state.get("devices", {})
+            still = devices and all(device["in_flight"] == 0 for device in devices.values())
+            return devices if still and not state["state"]["accrued"] else None
+
+        found = self.until("every joule is settled", done)
+        for device in found.values():
+            buckets = [bucket["joules"] for bucket in device["buckets"]]
+            device["counted"] = device["settled"] + device["residual"] + sum(buckets)
+            parts = [part["joules"] for part in device["attributed"] if part["quality"] != "unavailable"]
+            device["usable"] = sum(parts)
+            names = {bucket["bucket"] for bucket in device["buckets"]}
+            device["in"] = {name: sum(b["joules"] for b in device["buckets"] if b["bucket"] == name) for name in names}
+        return found
+
+    def close(self) -> None:
+        """End what still runs here and take the directory away."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for at in self.sockets:
+            pid = self.pid(at)
+            if pid and b"melodi_otel" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+                    os.kill(pid, signal.SIGKILL)
+                self.until("the hub is gone", lambda at=at: not self.pid(at))
+        shutil.rmtree(self.path)
+
+
+@pytest.fixture
+def hub_place() -> Iterator[HubPlace]:
+    """Where programs, hubs and fake meters of one test are."""
+    place = HubPlace()
+    yield place
+    place.close()
