@@ -38,6 +38,7 @@ class GroupClocks:
 
         self._make = clock or process_clock
         self._lock = threading.Lock()
+        self._hidden = 0
         self._own = ProcessClock(procfs)
         self._clocks: dict[tuple[str, int], ProcessClock] = {}
         self._connections: dict[tuple[str, int], int] = {}
@@ -48,9 +49,15 @@ class GroupClocks:
         self._outer: dict[int, int | None] = {}
         self._kept: dict[str, float] = {}
 
+    @property
+    def hidden(self) -> bool:
+        """Whether a program is connected whose process cannot be seen from here."""
+        return self._hidden > 0
+
     def add(self, group: str, pid: int) -> None:
         """A process of ``group`` has connected; 0: one that cannot be seen from here, whose time stays unknown."""
         if pid <= 0:
+            self._hidden += 1
             return
         at = (group, pid)
         with self._lock:
@@ -62,6 +69,9 @@ class GroupClocks:
 
     def remove(self, group: str, pid: int) -> list[EngineId]:
         """A connection of that process has ended; the series that have ended with it."""
+        if pid <= 0:
+            self._hidden -= 1
+            return []
         at = (group, pid)
         with self._lock:
             left = self._connections.get(at, 0) - 1

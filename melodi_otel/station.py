@@ -333,7 +333,7 @@ class Station:
             self.discovery.sources,
             self.clock,
             self._ours,
-            self.ledger.foreign,
+            self._neighbour,
             numbers=HostPids(self.config.procfs_root),
         )
         self._neighbours = made if made.useful else None
@@ -342,6 +342,12 @@ class Station:
         if self._neighbours is not None and not self._neighbours.running:
             self._neighbours.start()
             self._neighbours.activity(self.ledger.open_count, self.clock.monotonic_ns())
+
+    def _neighbour(self, device: str, t_ns: int, share: float, others: bool | None) -> None:
+        if self._clocks is not None and self._clocks.hidden:
+            # A program whose process cannot be seen from here may be the one that the driver lists.
+            share, others = 0.0, None
+        self.ledger.foreign(device, t_ns, share, others)
 
     def _ours(self) -> frozenset[int]:
         return family([os.getpid()] if self._clocks is None else self._clocks.pids())

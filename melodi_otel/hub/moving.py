@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import (
@@ -35,25 +35,23 @@ from melodi_otel.attribution.meter import (
 from melodi_otel.devices import Device
 from melodi_otel.hub.client import HubClient, give
 from melodi_otel.hub.lanes import Lanes
-from melodi_otel.hub.parts import Kept, Orphan, Target, closed_part, known, orphans_of, settle_orphans, summed
+from melodi_otel.hub.parts import (
+    Kept,
+    Orphan,
+    Places,
+    Target,
+    closed_part,
+    known,
+    orphans_of,
+    settle_orphans,
+    summed,
+)
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
 
 LOOK_S: Final = 1.0
 """How often a program looks for a higher hub, at most."""
-
-
-class Places(Protocol):
-    """Where meters are. Called off the request's thread."""
-
-    def above(self, client: HubClient | None) -> Callable[[], Any] | None:
-        """How to connect to a hub above this one (None: above the ledger in the process), or None; quick."""
-        ...
-
-    def after(self, client: HubClient, why: str) -> Callable[[], Any] | None:
-        """How to connect to what takes the place of a hub that is gone; None: the ledger in the process."""
-        ...
 
 
 class MovingMeter:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.merging import merge_shares
@@ -20,6 +20,16 @@ from melodi_otel.hub.wire import Told
 log = logging.getLogger("melodi_otel")
 
 Target = Ledger | HubClient
+
+
+class Places(Protocol):
+    """Where meters are. Called off the request's thread."""
+
+    def above(self, client: HubClient | None) -> Callable[[], Any] | None:
+        """How to connect to a hub above this one (None: above the ledger in the process), or None; quick."""
+
+    def after(self, client: HubClient, why: str) -> Callable[[], Any] | None:
+        """How to connect to what takes the place of a hub that is gone; None: the ledger in the process."""
 
 
 @dataclass(slots=True)

@@ -89,10 +89,17 @@ class NvmlSource:
         capabilities: what each device answered when it was opened, by ``hw.id``.
         notes: what a person should know about the mapping of ``CUDA_VISIBLE_DEVICES`` and about boards left out.
         driver_version: of the NVIDIA driver; None: not told.
+        slices: the ``hw.id`` of the board by the names of its MIG devices: NVML's, and CUDA's, which lacks the ``MIG-``.
     """
 
     def __init__(
-        self, api: NvmlApi, settings: Settings, boards: Sequence[Board], notes: Sequence[str], driver: str | None
+        self,
+        api: NvmlApi,
+        settings: Settings,
+        boards: Sequence[Board],
+        notes: Sequence[str],
+        driver: str | None,
+        slices: Mapping[str, str] | None = None,
     ) -> None:
         self._api = api
         self._clock = settings.clock
@@ -106,6 +113,7 @@ class NvmlSource:
         self._averages: tuple[PowerReading, ...] = ()
         self.notes = tuple(notes)
         self.driver_version = driver
+        self.slices: Mapping[str, str] = dict(slices or {})
         self.capabilities: Mapping[str, Capabilities] = {board.device.id: board.can for board in boards}
 
     @property
@@ -352,7 +360,13 @@ def _open(api: NvmlApi, settings: Settings, devices: str) -> NvmlSource:
         driver = api.nvmlSystemGetDriverVersion()
     except api.NVMLError:
         driver = None
-    return NvmlSource(api, settings, boards, scope + notes, driver)
+    slices = {
+        name: choice.board.uuid
+        for choice in seen.choices
+        for part in choice.board.slices
+        for name in (part.uuid, f"GPU-{part.uuid.removeprefix('MIG-')}")
+    }
+    return NvmlSource(api, settings, boards, scope + notes, driver, slices)
 
 
 def _enumerate(

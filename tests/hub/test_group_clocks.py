@@ -222,3 +222,18 @@ def test_figures_never_fall(trees, clocks):
     assert seconds(clocks) == {"g": 2.0}
     trees.busy[10] = 8.0
     assert seconds(clocks) == {"g": 3.0}
+
+
+def test_one_that_is_hidden_is_remembered() -> None:
+    """While one is connected that is known, for it may be whom a driver's list of processes names."""
+    clocks = GroupClocks()
+    try:
+        clocks.add("g", 0)
+        clocks.add("h", 0)
+        assert clocks.hidden
+        assert clocks.remove("g", 0) == []
+        assert clocks.hidden
+        clocks.remove("h", 0)
+        assert not clocks.hidden
+    finally:
+        clocks.close()

@@ -372,6 +372,14 @@ def test_a_mig_slice_is_its_board_with_a_fraction(machine: Make, attributes: boo
     assert m.open(CUDA_VISIBLE_DEVICES="MIG-22222222").devices[0].fraction == pytest.approx(1 / 7)
 
 
+def test_slices_are_known_by_both_their_names(machine: Make) -> None:
+    """NVML calls a MIG device MIG-…, CUDA leaves that out: both are the board, also where the whole board is metered."""
+    slices = (FakeSlice("MIG-11111111", "1g.10gb", 7), FakeSlice("MIG-33333333", "3g.40gb", 3))
+    m = machine(FakeGpu(A, max_slices=7, slices=slices), FakeGpu(B))
+    names = ("MIG-11111111", "GPU-11111111", "MIG-33333333", "GPU-33333333")
+    assert m.open().slices == dict.fromkeys(names, A)
+
+
 def test_unlike_gpus_leave_a_warning(machine: Make, caplog: pytest.LogCaptureFixture) -> None:
     """An index among unlike boards is mapped fastest first, and a log line says that this is assumed."""
     m = machine(FakeGpu(A, name="T4", cores=2560, sm_clock_mhz=1590), FakeGpu(B))
