@@ -77,6 +77,7 @@ def environment(live_package: Path) -> Callable[..., dict[str, str]]:
         env |= {
             "MELODI_SYSFS_ROOT": str(live_package),
             "MELODI_NVML_LIBRARY": "/nowhere/libnvidia-ml.so.1",
+            "MELODI_HUB": "local",  # a hub that a test has not asked for would outlive it
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",

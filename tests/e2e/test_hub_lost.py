@@ -156,7 +156,7 @@ def test_workers_end_as_they_like(hub_place: Any, package: Any, receiver: OtlpRe
     assert book["counted"] == pytest.approx(book["measured"], rel=1e-9)
     by_service: dict[str, float] = {}
     for part in book["attributed"]:
-        service = part["who"]["service"]
+        service = part["who"][2]
         by_service[service] = by_service.get(service, 0.0) + part["joules"]
     # What the killed one used until then is in the books under its name; the quick one waited for its joules, bounded.
     assert by_service["killed"] > 0
