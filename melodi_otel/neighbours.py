@@ -11,7 +11,7 @@ What a look says of a device, told when it is news:
 what the driver shows                     share   others
 ========================================  ======  ========
 only us                                   0       False
-others that did not compute               0       False
+others that did not compute for 15 s      0       False
 others that computed                      theirs  True
 others, and no utilisation told           0       True
 others, but on other slices of the board  0       True
@@ -20,6 +20,11 @@ not enough to say                         0       None
 
 ``share`` is the others' part of the SM time of all since the look before, at most of the last ten seconds. ``others`` None is
 said only where something else was said before: until then nothing was claimed.
+
+The driver books each of its samples to one process, whoever ran at that moment (an H200: a sample every 200 ms, 25 in five
+seconds). So a share of one half is told with a scatter of 0.1, right in the mean; and who runs a tenth of the time is in none
+of 25 samples once in fourteen looks. Nobody is called alone on that: ``others`` turns False only when none of the samples of
+:data:`MEMORY_NS` is theirs.
 
 Who we are, see :mod:`melodi_otel.host_pids`. The rules, in this order:
 
@@ -49,7 +54,7 @@ from melodi_otel.host_pids import HostPids
 from melodi_otel.sources.nvml_processes import GpuProcesses, ProcessLoad
 from melodi_otel.units import NS_PER_S
 
-__all__ = ["AFTER_NS", "PERIOD_NS", "Neighbours", "ProcessSource"]
+__all__ = ["AFTER_NS", "MEMORY_NS", "PERIOD_NS", "Neighbours", "ProcessSource"]
 
 log = logging.getLogger("melodi_otel")
 
@@ -57,6 +62,8 @@ PERIOD_NS: Final = 5 * NS_PER_S
 """The least time between two looks."""
 AFTER_NS: Final = 2 * NS_PER_S
 """A look that falls due this long after the last request is still made: it settles the last request's surroundings."""
+MEMORY_NS: Final = 15 * NS_PER_S
+"""Who computed within this time is still called a neighbour (an H200's driver remembers samples of 14 s)."""
 _RARELY: Final = 100
 """A look that took t is followed by this many t of rest."""
 _PATIENCE: Final = 3
@@ -281,7 +288,7 @@ class Neighbours:
         if not others and not found.unnamed:
             return self._nobody(found, us.pids) if us.complete and not servers else _UNKNOWN
         share = None if servers or found.unnamed else self._share(source, device, us.pids)
-        if share == 0.0:
+        if share == 0.0 and not self._computed(source, device, others):
             return self._nobody(found, us.pids) if us.complete else _UNKNOWN
         return _Seen(share or 0.0, others=True)
 
@@ -317,6 +324,17 @@ class Neighbours:
         watched.newest_us = max(load.t_us for load in loads)
         total = sum(load.sm_percent for load in loads)
         return sum(load.sm_percent for load in loads if load.pid not in ours) / total if total else 0.0
+
+    def _computed(self, source: ProcessSource, device: str, others: frozenset[int]) -> bool:
+        """Whether any of ``others`` used the device lately, or may have: a share of 0 in a few samples does not tell."""
+        newest_us, wall_us = self._watched[device].newest_us, self._clock.wall_ns() // 1000
+        now_us = wall_us if newest_us is None or newest_us > _EPOCH_US else newest_us
+        try:
+            loads = source.process_loads(device, max(0, now_us - MEMORY_NS // 1000))
+        except Exception as error:
+            self._once(f"{device} loads", f"what processes use of {device} is not told: {error}", logging.DEBUG)
+            return True
+        return any(load.sm_percent > 0 and load.pid in others for load in loads)
 
     def _say(self, device: str, seen: _Seen) -> None:
         watched = self._watched[device]

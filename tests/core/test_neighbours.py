@@ -135,7 +135,7 @@ def test_utilisation_is_asked_only_when_somebody_else_is_there() -> None:
 
 
 def test_the_share_is_the_others_part_of_the_sm_time() -> None:
-    """60 % and 20 % of ours against 20 % of theirs in the window: a share of 0.2, then 0 and alone when they rest."""
+    """60 % and 20 % of ours against 20 % of theirs in the window: a share of 0.2, then 0 when they rest."""
     scene = Scene()
     scene.gpus.on(US, THEM)
     scene.gpus.used(US, 60)
@@ -143,7 +143,48 @@ def test_the_share_is_the_others_part_of_the_sm_time() -> None:
     scene.gpus.used(THEM, 20)
     assert scene.look() == [(GPU, 0.2, True)]
     scene.gpus.used(US, 90)
+    assert scene.look() == [(GPU, 0.0, True)]
+
+
+def test_who_computed_within_15_seconds_is_still_a_neighbour() -> None:
+    """Samples are few and each is booked to one process: none of theirs in 5 s says a share of 0, none in 15 s alone."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 10)
+    scene.gpus.used(THEM, 10)
+    scene.look()
+    scene.gpus.used(US, 90)
+    assert scene.look() == [(GPU, 0.0, True)]
+    scene.gpus.used(US, 90)
+    assert scene.look() == []
+    scene.gpus.used(US, 90)
     assert scene.look() == [(GPU, 0.0, False)]
+
+
+def test_a_neighbour_that_left_is_none_at_once() -> None:
+    """A process that computed and is no longer on the list is nobody's neighbour at the next look."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(THEM, 10)
+    scene.look()
+    scene.gpus.on(US)
+    assert scene.look() == [(GPU, 0.0, False)]
+
+
+def test_a_driver_that_falls_silent_makes_nobody_alone() -> None:
+    """No sample of theirs in the window, and the longer one cannot be asked: others may have computed."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 10)
+    asked = scene.gpus.process_loads
+
+    def once(device_id: str, since_us: int) -> Sequence[ProcessLoad]:
+        found = asked(device_id, since_us)
+        scene.gpus.loads_error = Transient("busy")
+        return found
+
+    scene.gpus.process_loads = once
+    assert scene.look() == [(GPU, 0.0, True)]
 
 
 def test_only_newer_samples_count() -> None:
@@ -158,12 +199,12 @@ def test_only_newer_samples_count() -> None:
 
 
 def test_no_new_sample_is_no_use() -> None:
-    """After samples were seen, none since the last look means that nobody computed: share 0, no others."""
+    """After samples were seen, none since the last look means that nobody computed: share 0."""
     scene = Scene()
     scene.gpus.on(US, THEM)
     scene.gpus.used(THEM, 50)
     assert scene.look() == [(GPU, 1.0, True)]
-    assert scene.look() == [(GPU, 0.0, False)]
+    assert scene.look() == [(GPU, 0.0, True)]
 
 
 def test_what_was_used_long_ago_says_nothing_about_now() -> None:
