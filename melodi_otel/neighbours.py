@@ -68,6 +68,8 @@ _RARELY: Final = 100
 """A look that took t is followed by this many t of rest."""
 _PATIENCE: Final = 3
 """Looks in a row that may fail before what was told is taken back."""
+_KNOWN_NS: Final = 60 * NS_PER_S
+"""For this long a list of nobody but ours is believed without asking again who ours are (a walk over all processes)."""
 _EPOCH_US: Final = 1_000_000_000_000_000
 """Time stamps above (the year 2001) count from the epoch; below, from the machine's start."""
 _MPS: Final = "nvidia-cuda-mps"
@@ -157,6 +159,8 @@ class Neighbours:
         self._due_ns = clock.monotonic_ns()
         self._watched: dict[str, _Watched] = {}
         self._before: frozenset[int] = frozenset()
+        self._family: frozenset[int] = frozenset()
+        self._family_ns: int | None = None
         self._seen_us = False
         self._said: set[str] = set()
         self._after_fork()
@@ -220,7 +224,6 @@ class Neighbours:
                 event.clear()
 
     def _look(self) -> None:
-        ours = frozenset(self._ours())
         asked: list[tuple[ProcessSource, str, GpuProcesses]] = []
         at_work = None if self._working is None else frozenset(self._working())
         for source in self._sources:
@@ -229,7 +232,8 @@ class Neighbours:
                     found = self._list(source, device.id)
                     if found is not None:
                         asked.append((source, device.id, found))
-        us = self._us(ours, [found for _, _, found in asked])
+        lists = [found for _, _, found in asked]
+        us = self._us(self._us_here(lists), lists)
         alone = at_work is None and len(asked) == 1
         for source, device, found in asked:
             self._say(device, self._judge(source, device, found, us, alone or (at_work is not None)))
@@ -255,9 +259,16 @@ class Neighbours:
         watched.failures = 0
         return found
 
+    def _us_here(self, lists: Sequence[GpuProcesses]) -> frozenset[int]:
+        """Our pids as this process sees them; found again where somebody is listed who was none of ours, and at times."""
+        now_ns = self._clock.monotonic_ns()
+        if not _everybody(lists) <= self._family or self._family_ns is None or now_ns - self._family_ns >= _KNOWN_NS:
+            self._family, self._family_ns = frozenset(self._ours()), now_ns
+        return self._family
+
     def _us(self, ours: frozenset[int], lists: Sequence[GpuProcesses]) -> _Us | None:
         """Which of the listed pids are ours; None: nothing can be said of anybody."""
-        everybody = frozenset(pid for found in lists for pid in found.pids | (found.elsewhere or frozenset()))
+        everybody = _everybody(lists)
         host = self._numbers.host(ours)
         if not self._numbers.nested:
             self._seen_us = self._seen_us or bool(everybody & ours)
@@ -356,6 +367,10 @@ class Neighbours:
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._stopping = False
+
+
+def _everybody(lists: Iterable[GpuProcesses]) -> frozenset[int]:
+    return frozenset(pid for found in lists for pid in found.pids | (found.elsewhere or frozenset()))
 
 
 _all: weakref.WeakSet[Neighbours] = weakref.WeakSet()

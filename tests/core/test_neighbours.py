@@ -134,6 +134,20 @@ def test_utilisation_is_asked_only_when_somebody_else_is_there() -> None:
     assert scene.gpus.asked[1:] == ["list", "loads", "loads"]
 
 
+def test_who_ours_are_is_asked_when_a_stranger_is_listed() -> None:
+    """Looks that list nobody but ours ask once a minute who ours are; one that lists another asks each time."""
+    scene, asked = Scene(), []
+    scene.neighbours._ours = lambda: asked.append(1) or scene.ours
+    scene.gpus.on(US)
+    for _ in range(13):  # at 0, 5 … 60 s
+        scene.look()
+    assert len(asked) == 2
+    scene.gpus.on(US, THEM)
+    scene.look()
+    scene.look()
+    assert len(asked) == 4
+
+
 def test_the_share_is_the_others_part_of_the_sm_time() -> None:
     """60 % and 20 % of ours against 20 % of theirs in the window: a share of 0.2, then 0 when they rest."""
     scene = Scene()
