@@ -86,7 +86,7 @@ class Gpus:
 
 
 class Scene:
-    """Neighbours, what they told, and one request that is open."""
+    """Neighbours, what they told, and one request that has been open for 5 s."""
 
     def __init__(self, *ids: str, numbers: HostPids | None = None, working=None, ours=(US,)) -> None:
         self.clock = ManualClock()
@@ -102,6 +102,7 @@ class Scene:
             working=working,
         )
         self.neighbours.activity(1, self.clock.monotonic_ns())
+        self.clock.advance(5)
 
     def look(self) -> Told:
         """Look now and hand out what is news."""
@@ -173,6 +174,51 @@ def test_who_computed_within_15_seconds_is_still_a_neighbour() -> None:
     assert scene.look() == []
     scene.gpus.used(US, 90)
     assert scene.look() == [(GPU, 0.0, False)]
+
+
+def test_what_was_between_requests_counts_for_the_others_only() -> None:
+    """Open for 2 of 5 s, 20 % ours and 50 % theirs: while open ours had 20 / 0.4 = 50 %, so a share of one half."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.look()
+    scene.neighbours.activity(0, scene.clock.monotonic_ns() - 3_000_000_000)
+    scene.gpus.used(US, 20)
+    scene.gpus.used(THEM, 50)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    assert scene.look() == [(GPU, 0.5, True)]
+
+
+def test_a_request_that_just_began_waits_for_a_share_of_its_own() -> None:
+    """After a minute of theirs alone nothing is booked at the first look; the second comes 2 s later and knows: 0.25."""
+    scene = Scene()
+    scene.gpus.on(US)
+    scene.look()
+    scene.neighbours.activity(0, scene.clock.monotonic_ns())
+    scene.clock.advance(60)
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(THEM, 100)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    scene.told.clear()
+    assert scene.neighbours.tick() == 2.0
+    assert scene.told == [(GPU, 0.0, True)]
+    scene.clock.advance(2.0)
+    scene.gpus.used(US, 75)
+    scene.gpus.used(THEM, 25)
+    assert scene.look() == [(GPU, 0.25, True)]
+
+
+def test_a_request_that_just_began_keeps_the_share_of_the_last_one() -> None:
+    """A share of 0.2 was told while requests ran; after a pause of a minute it holds until a new one is known."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 80)
+    scene.gpus.used(THEM, 20)
+    assert scene.look() == [(GPU, 0.2, True)]
+    scene.neighbours.activity(0, scene.clock.monotonic_ns())
+    scene.clock.advance(60)
+    scene.gpus.used(THEM, 100)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    assert scene.look() == []
 
 
 def test_a_neighbour_that_left_is_none_at_once() -> None:
@@ -638,8 +684,9 @@ def test_a_neighbours_joules_are_not_the_requests(tmp_path: Path, library: Path)
         numbers=Numbers(),
     )
     machine.run(60)
-    fake.used(0, (US, 25), (THEM, 75))
     neighbours.activity(1, machine.clock.monotonic_ns())
+    machine.run(5)
+    fake.used(0, (US, 25), (THEM, 75))
     neighbours.tick()
     fake.watts(0, 300)
     energy = machine.request(10)
