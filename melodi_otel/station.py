@@ -85,6 +85,7 @@ class Station:
             engine_devices=config.engine_devices,
             who=who,
             watch=self._watch,
+            deliveries=clocks is not None,
         )
         self._moved = threading.Event()
         self._elsewhere = moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -36,9 +37,17 @@ _spent: defaultdict[str, float] = defaultdict(float)
 _slowest: dict[str, float] = {}
 
 
+@pytest.fixture(scope="session")
+def _no_hubs():
+    """A runtime directory in which nobody's hub is; its path is short, as a socket's has to be."""
+    with tempfile.TemporaryDirectory(prefix="melodi-", dir="/tmp" if os.name == "posix" else None) as found:
+        yield found
+
+
 @pytest.fixture(autouse=True)
-def _no_outer_configuration(monkeypatch):
-    """Variables of whoever runs the tests do not reach them."""
+def _no_outer_configuration(monkeypatch, _no_hubs):
+    """Variables of whoever runs the tests do not reach them, nor do hubs of this user."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", _no_hubs)
     for name in list(os.environ):
         if name.startswith(("MELODI_", "OTEL_")):
             monkeypatch.delenv(name)

@@ -9,7 +9,7 @@ from typing import Final
 
 from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
-from melodi_otel.attribution.activity import Activity
+from melodi_otel.attribution.activity import Accrual, Activity
 from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
@@ -49,8 +49,10 @@ class Core:
         who: Callable[[str | None, Mapping[str, str]], Who] | None,
         finished: Callable[[Key, list[Share]], None] | None,
         step_wait_s: float | None,
+        deliveries: bool = False,
     ) -> None:
         self.step_wait_s = step_wait_s
+        self._told: dict[Key, Mapping[str, Accrual]] | None = {} if deliveries else None
         self.model: CostModel = model or Roofline()
         self.host_devices = host_devices
         self.patience_ns = None if patience_s is None else round(patience_s * 1e9)
@@ -251,7 +253,14 @@ class Core:
         activity = self.roster.activities.get(key)
         if activity is not None:
             activity.forgone = self.changed = True
-            self._withdraw(activity)
+            self._withdraw(activity.accruals)
+        elif self._told is not None and key in self._told:
+            self.changed = True
+            self._withdraw(self._told.pop(key))
+
+    def delivered(self, key: Key) -> None:
+        if self._told is not None:
+            self._told.pop(key, None)
 
     # --- closing -----------------------------------------------------------------------------------------------------
 
@@ -426,8 +435,8 @@ class Core:
         if not interval.gap:
             account.interval_s += 0.1 * ((interval.t1_ns - interval.t0_ns) / 1e9 - account.interval_s)
 
-    def _withdraw(self, activity: Activity) -> None:
-        for name, accrual in activity.accruals.items():
+    def _withdraw(self, accruals: Mapping[str, Accrual]) -> None:
+        for name, accrual in accruals.items():
             if name in self.accounts:
                 self.accounts[name].withdraw(accrual)
 
@@ -460,7 +469,9 @@ class Core:
             if share.joules is not None:
                 self.accounts[share.device].settled += share.joules
         if activity.forgone:
-            self._withdraw(activity)
+            self._withdraw(activity.accruals)
+        elif self._told is not None and not activity.anonymous:
+            self._told[activity.key] = activity.accruals
         activity.settled = True
         if self._finished is not None:
             self._finished(activity.key, shares)

@@ -56,6 +56,8 @@ class Ledger:
         best: use no better evidence than this tier (to compare tiers on one trace); None: the best there is.
         who: makes the metric identity of a request from its model and labels.
         finished: called with (key, shares) for every settled activity, anonymous ones included, on the settling thread.
+        deliveries: joules are told to somebody who says when they have arrived (:meth:`delivered`); until then they can be
+            forgone.
         step_wait_s: how long an interval waits for steps that run across it; None: a part of ``closing.wait_s`` of the device.
         tap: sees every message (its name and arguments) before it takes effect, on the settling thread; the recorder.
         watch: called with (open requests, monotonic ns) on every open and close, on the request's thread; must be quick.
@@ -73,10 +75,13 @@ class Ledger:
         who: Callable[[str | None, Mapping[str, str]], Who] | None = None,
         finished: Callable[[Key, list[Share]], None] | None = None,
         step_wait_s: float | None = None,
+        deliveries: bool = False,
         tap: Callable[[str, tuple[Any, ...]], None] | None = None,
         watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._make = lambda: Core(policy, model, host_devices, patience_s, best, who, finished, step_wait_s)
+        self._make = lambda: Core(
+            policy, model, host_devices, patience_s, best, who, finished, step_wait_s, deliveries
+        )
         self._engine_devices = tuple(engine_devices) if engine_devices else None
         self._tap = tap
         self._watch = watch
@@ -291,11 +296,15 @@ class Ledger:
     def forgo(self, key: Key) -> None:
         """Nobody waits for the joules of this request any more: its span has gone out as ``unavailable``.
 
-        Before or after its close; a key that is not known, or settled, changes nothing. What it accrues stays its own in the
+        Before or after its close, and after it was settled until :meth:`delivered`; a key that is not known changes nothing. What it accrues stays its own in the
         books, and stands in ``attributed`` under the quality ``unavailable`` as soon as it is settled, so that the other
         qualities sum to what spans tell. It still has to be closed.
         """
         self._inbox.append((self._core.forgo, (key,)))
+
+    def delivered(self, key: Key) -> None:
+        """The joules of this settled request have arrived, or never will."""
+        self._inbox.append((self._core.delivered, (key,)))
 
     # --- closing ---------------------------------------------------------------------------------------------------
 

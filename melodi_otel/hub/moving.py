@@ -237,17 +237,10 @@ class MovingMeter:
         if engine is not None and self._engine_devices:
             devices = self._engine_devices
         told: dict[str, Any] = {
-            "engine": engine,
-            "devices": devices,
-            "model": model,
-            "prompt_tokens": prompt_tokens,
-            "cached_tokens": cached_tokens,
-            "labels": labels,
-            "parent": parent,
-            "thread": thread,
-            "probe": probe,
-            "late": late,
-        }
+            "engine": engine, "devices": devices, "model": model, "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached_tokens, "labels": labels, "parent": parent,
+            "thread": thread, "probe": probe, "late": late,
+        }  # fmt: skip
         with self._lock:
             target = self._ledger if self._ended else self._target or self._chosen()
             self._kept[key] = Kept(key, t_ns, told, target, key)

@@ -43,6 +43,7 @@ class Books(Meter, Protocol):
 
     def unseen(self, t_ns: int, change: int) -> None: ...
     def forgo(self, key: Key) -> None: ...
+    def delivered(self, key: Key) -> None: ...
 
 
 class Session:
@@ -152,6 +153,8 @@ class Session:
             self._books.close(self._key(request), now_ns, None, "abort")
         self.open.clear()
         self.awaited.clear()
+        for _, told in self.undelivered:
+            self._arrived(told)
         self.undelivered.clear()
         self._binds.clear()
         self._lanes.clear()
@@ -255,8 +258,11 @@ class Session:
         self._books.bind(self._key(request), message.child)
 
     def _forgo(self, message: wire.Forgone) -> None:
-        if message.request in self.awaited or message.request in self.open:
-            self._books.forgo(self._key(message.request))
+        request = message.request
+        # Its joules may be under way: the program gave up before it could read them.
+        under_way = any(one.request == request for _, told in self.undelivered for one in told)
+        if request in self.awaited or request in self.open or under_way:
+            self._books.forgo(self._key(request))
 
     def _unseen(self, message: wire.Unseen) -> None:
         # The ledger has one number for everybody: nobody takes from it what others have put there.
@@ -277,7 +283,11 @@ class Session:
 
     def _got(self, message: wire.Got) -> None:
         while self.undelivered and self.undelivered[0][0] <= message.settled:
-            self.undelivered.popleft()
+            self._arrived(self.undelivered.popleft()[1])
+
+    def _arrived(self, told: list[Told]) -> None:
+        for one in told:
+            self._books.delivered(self._key(one.request))
 
     def _answered(self, message: wire.Answered) -> None:
         if message.ask == self.asked:

@@ -98,3 +98,24 @@ def test_steps_of_an_id_that_was_bound_later_move_too() -> None:
     assert {at: joules for at, joules in ledger.snapshot().attributed.items() if joules} == {
         ("D", Who(), "prefill", "unavailable"): 100.0
     }
+
+
+def test_forgone_after_it_was_settled() -> None:
+    """Joules that are under way can still be given up; once they have arrived they cannot."""
+    for arrived, quality in ((False, "unavailable"), (True, "measured")):
+        made = Ledger(patience_s=None, deliveries=True)
+        made.device(Device("GPU-0", "gpu", idle_watts=0.0))
+        made.counter("GPU-0", 0, 0.0)
+        made.open(Key("g", "a"), 0, devices=("GPU-0",), prompt_tokens=1)
+        made.progress(Key("g", "a"), 500_000_000, 3, first_token_ns=400_000_000)
+        future = made.close(Key("g", "a"), 1_000_000_000, 5, "stop")
+        made.counter("GPU-0", 1_000_000_000, 100.0)
+        made.settle(1_000_000_000)
+        assert future.result(0)[0].joules == 100.0
+        if arrived:
+            made.delivered(Key("g", "a"))
+        made.forgo(Key("g", "a"))
+        made.settle(1_000_000_001)
+        found = made.snapshot().attributed
+        assert {key[3] for key in found if found[key]} == {quality}
+        assert sum(found.values()) == 100.0

@@ -289,7 +289,7 @@ class HubPlace:
     def opened(self, at: Path | None = None) -> int:
         """Requests that the hub's journal has open or waiting for their joules."""
         state = self.journal(at).get("state", {})
-        return len({share["key"][1] for share in state.get("accrued", [])})
+        return len({so_far[0][1] for so_far in state.get("accrued", [])})
 
     def said(self, name: str = "out") -> str:
         """What the process ``name`` has said so far."""
