@@ -2,8 +2,8 @@
 
 One thread of its own, because these questions to the driver are slow (4.5 ms for a list of graphics processes, up to 100 ms
 on a partitioned board). It looks only while requests are open and :data:`AFTER_NS` longer, at most every
-:data:`PERIOD_NS`, and less often where a look is dear: looking takes at most a hundredth of the time. Utilisation is asked
-only where somebody else is on the list.
+:data:`PERIOD_NS` (once more where the first request after a pause came too lately to tell), and less often where a look is
+dear: looking takes at most a hundredth of the time. Utilisation is asked only where somebody else is on the list.
 
 What a look says of a device, told when it is news:
 
@@ -11,15 +11,23 @@ What a look says of a device, told when it is news:
 what the driver shows                     share   others
 ========================================  ======  ========
 only us                                   0       False
-others that did not compute               0       False
+others that did not compute for 15 s      0       False
 others that computed                      theirs  True
 others, and no utilisation told           0       True
 others, but on other slices of the board  0       True
 not enough to say                         0       None
 ========================================  ======  ========
 
-``share`` is the others' part of the SM time of all since the look before, at most of the last ten seconds. ``others`` None is
-said only where something else was said before: until then nothing was claimed.
+``share`` is the others' part of the SM time of all while requests were open, from the samples since the look before, at most
+those of the last ten seconds. What was between requests counts for the others only, so where requests were open for a part f of
+that time, our SM time u and theirs o make it ``o / (o + u / f)``. A look at a request that has just begun knows f = 0: it tells
+what was last known, and is made again soon. ``others`` None is said only where something else was said before: until then
+nothing was claimed.
+
+The driver books each of its samples to one process, whoever ran at that moment (an H200: a sample every 200 ms, 25 in five
+seconds). So a share of one half is told with a scatter of 0.1, right in the mean; and who runs a tenth of the time is in none
+of 25 samples once in fourteen looks. Nobody is called alone on that: ``others`` turns False only when none of the samples of
+:data:`MEMORY_NS` is theirs.
 
 Who we are, see :mod:`melodi_otel.host_pids`. The rules, in this order:
 
@@ -49,7 +57,7 @@ from melodi_otel.host_pids import HostPids
 from melodi_otel.sources.nvml_processes import GpuProcesses, ProcessLoad
 from melodi_otel.units import NS_PER_S
 
-__all__ = ["AFTER_NS", "PERIOD_NS", "Neighbours", "ProcessSource"]
+__all__ = ["AFTER_NS", "MEMORY_NS", "PERIOD_NS", "Neighbours", "ProcessSource"]
 
 log = logging.getLogger("melodi_otel")
 
@@ -57,10 +65,18 @@ PERIOD_NS: Final = 5 * NS_PER_S
 """The least time between two looks."""
 AFTER_NS: Final = 2 * NS_PER_S
 """A look that falls due this long after the last request is still made: it settles the last request's surroundings."""
+MEMORY_NS: Final = 15 * NS_PER_S
+"""Who computed within this time is still called a neighbour (an H200's driver remembers samples of 14 s)."""
+_SOON_NS: Final = 2 * NS_PER_S
+"""The next look after one that came too early in a request to tell a share."""
+_LEAST_OPEN: Final = 0.1
+"""Part of the time since the look before in which requests must have been open, for a share to be told."""
 _RARELY: Final = 100
 """A look that took t is followed by this many t of rest."""
 _PATIENCE: Final = 3
 """Looks in a row that may fail before what was told is taken back."""
+_KNOWN_NS: Final = 60 * NS_PER_S
+"""For this long a list of nobody but ours is believed without asking again who ours are (a walk over all processes)."""
 _EPOCH_US: Final = 1_000_000_000_000_000
 """Time stamps above (the year 2001) count from the epoch; below, from the machine's start."""
 _MPS: Final = "nvidia-cuda-mps"
@@ -146,10 +162,16 @@ class Neighbours:
         self._working = working
         self._period_ns = max(PERIOD_NS, round(period_s * NS_PER_S))
         self._open = 0
+        self._opened_ns: int | None = None
+        self._worked_ns = 0
+        self._looked_ns: int | None = None
+        self._soon = False
         self._closed_ns = clock.monotonic_ns() - AFTER_NS
         self._due_ns = clock.monotonic_ns()
         self._watched: dict[str, _Watched] = {}
         self._before: frozenset[int] = frozenset()
+        self._family: frozenset[int] = frozenset()
+        self._family_ns: int | None = None
         self._seen_us = False
         self._said: set[str] = set()
         self._after_fork()
@@ -187,9 +209,16 @@ class Neighbours:
     def activity(self, open_count: int, t_ns: int) -> None:
         """``open_count`` requests are open as of ``t_ns``, as the sampler is told. Cheap; callable from any thread."""
         was, self._open = self._open, open_count
+        opened_ns = self._opened_ns
         if open_count == 0:
             self._closed_ns = t_ns
-        elif was == 0 and t_ns >= self._due_ns:
+            if opened_ns is not None:
+                self._opened_ns, self._worked_ns = None, self._worked_ns + max(0, t_ns - opened_ns)
+        elif opened_ns is None:
+            self._opened_ns = t_ns
+            if t_ns - self._closed_ns >= 2 * self._period_ns:
+                self._worked_ns = 0  # too long ago for any sample that will be asked for
+        if was == 0 < open_count and t_ns >= self._due_ns:
             self._event.set()
 
     def tick(self) -> float | None:
@@ -203,7 +232,8 @@ class Neighbours:
             except Exception:
                 self._once("look", "looking for other processes on the GPU failed", logging.WARNING, exc_info=True)
             now_ns = self._clock.monotonic_ns()
-            self._due_ns = now_ns + max(self._period_ns, _RARELY * (now_ns - started_ns))
+            soon, self._soon = self._soon, False
+            self._due_ns = now_ns + max(_SOON_NS if soon else self._period_ns, _RARELY * (now_ns - started_ns))
         return max(0, self._due_ns - self._clock.monotonic_ns()) / NS_PER_S
 
     def _run(self) -> None:
@@ -213,7 +243,7 @@ class Neighbours:
                 event.clear()
 
     def _look(self) -> None:
-        ours = frozenset(self._ours())
+        open_part = self._open_part()
         asked: list[tuple[ProcessSource, str, GpuProcesses]] = []
         at_work = None if self._working is None else frozenset(self._working())
         for source in self._sources:
@@ -222,10 +252,11 @@ class Neighbours:
                     found = self._list(source, device.id)
                     if found is not None:
                         asked.append((source, device.id, found))
-        us = self._us(ours, [found for _, _, found in asked])
+        lists = [found for _, _, found in asked]
+        us = self._us(self._us_here(lists), lists)
         alone = at_work is None and len(asked) == 1
         for source, device, found in asked:
-            self._say(device, self._judge(source, device, found, us, alone or (at_work is not None)))
+            self._say(device, self._judge(source, device, found, us, alone or (at_work is not None), open_part))
 
     def _list(self, source: ProcessSource, device: str) -> GpuProcesses | None:
         """Who is on a device; None: not told now."""
@@ -248,9 +279,16 @@ class Neighbours:
         watched.failures = 0
         return found
 
+    def _us_here(self, lists: Sequence[GpuProcesses]) -> frozenset[int]:
+        """Our pids as this process sees them; found again where somebody is listed who was none of ours, and at times."""
+        now_ns = self._clock.monotonic_ns()
+        if not _everybody(lists) <= self._family or self._family_ns is None or now_ns - self._family_ns >= _KNOWN_NS:
+            self._family, self._family_ns = frozenset(self._ours()), now_ns
+        return self._family
+
     def _us(self, ours: frozenset[int], lists: Sequence[GpuProcesses]) -> _Us | None:
         """Which of the listed pids are ours; None: nothing can be said of anybody."""
-        everybody = frozenset(pid for found in lists for pid in found.pids | (found.elsewhere or frozenset()))
+        everybody = _everybody(lists)
         host = self._numbers.host(ours)
         if not self._numbers.nested:
             self._seen_us = self._seen_us or bool(everybody & ours)
@@ -268,7 +306,9 @@ class Neighbours:
         us, self._before = _Us(pids | self._before, complete), pids
         return us
 
-    def _judge(self, source: ProcessSource, device: str, found: GpuProcesses, us: _Us | None, at_work: bool) -> _Seen:
+    def _judge(
+        self, source: ProcessSource, device: str, found: GpuProcesses, us: _Us | None, at_work: bool, open_part: float
+    ) -> _Seen:
         if us is None:
             return _UNKNOWN
         if not us.known:
@@ -280,8 +320,8 @@ class Neighbours:
             return _UNKNOWN  # one of those without a name may be us
         if not others and not found.unnamed:
             return self._nobody(found, us.pids) if us.complete and not servers else _UNKNOWN
-        share = None if servers or found.unnamed else self._share(source, device, us.pids)
-        if share == 0.0:
+        share = None if servers or found.unnamed else self._share(source, device, us.pids, open_part)
+        if share == 0.0 and not self._computed(source, device, others):
             return self._nobody(found, us.pids) if us.complete else _UNKNOWN
         return _Seen(share or 0.0, others=True)
 
@@ -294,8 +334,8 @@ class Neighbours:
     def _name(self, pid: int, us: _Us) -> str:
         return self._numbers.name(pid) if us.complete else self._numbers.name_here(pid)
 
-    def _share(self, source: ProcessSource, device: str, ours: frozenset[int]) -> float | None:
-        """Others' part of the SM time since the look before; None: not known."""
+    def _share(self, source: ProcessSource, device: str, ours: frozenset[int], open_part: float) -> float | None:
+        """Others' part of the SM time while requests were open, since the look before; None: not known."""
         watched = self._watched[device]
         wall_us = self._clock.wall_ns() // 1000
         newest_us = watched.newest_us
@@ -315,8 +355,35 @@ class Neighbours:
         if not loads:
             return 0.0
         watched.newest_us = max(load.t_us for load in loads)
-        total = sum(load.sm_percent for load in loads)
-        return sum(load.sm_percent for load in loads if load.pid not in ours) / total if total else 0.0
+        theirs = sum(load.sm_percent for load in loads if load.pid not in ours)
+        if not theirs:
+            return 0.0
+        if open_part < _LEAST_OPEN:
+            self._soon = self._open > 0
+            return watched.told.share or None
+        own = sum(load.sm_percent for load in loads if load.pid in ours)
+        return theirs / (theirs + own / open_part)
+
+    def _open_part(self) -> float:
+        """The part of the time since the look before in which requests were open, at most of the last two periods."""
+        now_ns, opened_ns, looked_ns = self._clock.monotonic_ns(), self._opened_ns, self._looked_ns
+        worked_ns = self._worked_ns + (0 if opened_ns is None else max(0, now_ns - opened_ns))
+        window_ns = min(2 * self._period_ns, self._period_ns if looked_ns is None else now_ns - looked_ns)
+        self._looked_ns, self._worked_ns = now_ns, 0
+        if opened_ns is not None:
+            self._opened_ns = now_ns
+        return min(1.0, worked_ns / window_ns) if window_ns > 0 else 0.0
+
+    def _computed(self, source: ProcessSource, device: str, others: frozenset[int]) -> bool:
+        """Whether any of ``others`` used the device lately, or may have: a share of 0 in a few samples does not tell."""
+        newest_us, wall_us = self._watched[device].newest_us, self._clock.wall_ns() // 1000
+        now_us = wall_us if newest_us is None or newest_us > _EPOCH_US else newest_us
+        try:
+            loads = source.process_loads(device, max(0, now_us - MEMORY_NS // 1000))
+        except Exception as error:
+            self._once(f"{device} loads", f"what processes use of {device} is not told: {error}", logging.DEBUG)
+            return True
+        return any(load.sm_percent > 0 and load.pid in others for load in loads)
 
     def _say(self, device: str, seen: _Seen) -> None:
         watched = self._watched[device]
@@ -338,6 +405,10 @@ class Neighbours:
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._stopping = False
+
+
+def _everybody(lists: Iterable[GpuProcesses]) -> frozenset[int]:
+    return frozenset(pid for found in lists for pid in found.pids | (found.elsewhere or frozenset()))
 
 
 _all: weakref.WeakSet[Neighbours] = weakref.WeakSet()

@@ -86,7 +86,7 @@ class Gpus:
 
 
 class Scene:
-    """Neighbours, what they told, and one request that is open."""
+    """Neighbours, what they told, and one request that has been open for 5 s."""
 
     def __init__(self, *ids: str, numbers: HostPids | None = None, working=None, ours=(US,)) -> None:
         self.clock = ManualClock()
@@ -102,6 +102,7 @@ class Scene:
             working=working,
         )
         self.neighbours.activity(1, self.clock.monotonic_ns())
+        self.clock.advance(5)
 
     def look(self) -> Told:
         """Look now and hand out what is news."""
@@ -134,8 +135,22 @@ def test_utilisation_is_asked_only_when_somebody_else_is_there() -> None:
     assert scene.gpus.asked[1:] == ["list", "loads", "loads"]
 
 
+def test_who_ours_are_is_asked_when_a_stranger_is_listed() -> None:
+    """Looks that list nobody but ours ask once a minute who ours are; one that lists another asks each time."""
+    scene, asked = Scene(), []
+    scene.neighbours._ours = lambda: asked.append(1) or scene.ours
+    scene.gpus.on(US)
+    for _ in range(13):  # at 0, 5 … 60 s
+        scene.look()
+    assert len(asked) == 2
+    scene.gpus.on(US, THEM)
+    scene.look()
+    scene.look()
+    assert len(asked) == 4
+
+
 def test_the_share_is_the_others_part_of_the_sm_time() -> None:
-    """60 % and 20 % of ours against 20 % of theirs in the window: a share of 0.2, then 0 and alone when they rest."""
+    """60 % and 20 % of ours against 20 % of theirs in the window: a share of 0.2, then 0 when they rest."""
     scene = Scene()
     scene.gpus.on(US, THEM)
     scene.gpus.used(US, 60)
@@ -143,7 +158,93 @@ def test_the_share_is_the_others_part_of_the_sm_time() -> None:
     scene.gpus.used(THEM, 20)
     assert scene.look() == [(GPU, 0.2, True)]
     scene.gpus.used(US, 90)
+    assert scene.look() == [(GPU, 0.0, True)]
+
+
+def test_who_computed_within_15_seconds_is_still_a_neighbour() -> None:
+    """Samples are few and each is booked to one process: none of theirs in 5 s says a share of 0, none in 15 s alone."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 10)
+    scene.gpus.used(THEM, 10)
+    scene.look()
+    scene.gpus.used(US, 90)
+    assert scene.look() == [(GPU, 0.0, True)]
+    scene.gpus.used(US, 90)
+    assert scene.look() == []
+    scene.gpus.used(US, 90)
     assert scene.look() == [(GPU, 0.0, False)]
+
+
+def test_what_was_between_requests_counts_for_the_others_only() -> None:
+    """Open for 2 of 5 s, 20 % ours and 50 % theirs: while open ours had 20 / 0.4 = 50 %, so a share of one half."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.look()
+    scene.neighbours.activity(0, scene.clock.monotonic_ns() - 3_000_000_000)
+    scene.gpus.used(US, 20)
+    scene.gpus.used(THEM, 50)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    assert scene.look() == [(GPU, 0.5, True)]
+
+
+def test_a_request_that_just_began_waits_for_a_share_of_its_own() -> None:
+    """After a minute of theirs alone nothing is booked at the first look; the second comes 2 s later and knows: 0.25."""
+    scene = Scene()
+    scene.gpus.on(US)
+    scene.look()
+    scene.neighbours.activity(0, scene.clock.monotonic_ns())
+    scene.clock.advance(60)
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(THEM, 100)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    scene.told.clear()
+    assert scene.neighbours.tick() == 2.0
+    assert scene.told == [(GPU, 0.0, True)]
+    scene.clock.advance(2.0)
+    scene.gpus.used(US, 75)
+    scene.gpus.used(THEM, 25)
+    assert scene.look() == [(GPU, 0.25, True)]
+
+
+def test_a_request_that_just_began_keeps_the_share_of_the_last_one() -> None:
+    """A share of 0.2 was told while requests ran; after a pause of a minute it holds until a new one is known."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 80)
+    scene.gpus.used(THEM, 20)
+    assert scene.look() == [(GPU, 0.2, True)]
+    scene.neighbours.activity(0, scene.clock.monotonic_ns())
+    scene.clock.advance(60)
+    scene.gpus.used(THEM, 100)
+    scene.neighbours.activity(1, scene.clock.monotonic_ns())
+    assert scene.look() == []
+
+
+def test_a_neighbour_that_left_is_none_at_once() -> None:
+    """A process that computed and is no longer on the list is nobody's neighbour at the next look."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(THEM, 10)
+    scene.look()
+    scene.gpus.on(US)
+    assert scene.look() == [(GPU, 0.0, False)]
+
+
+def test_a_driver_that_falls_silent_makes_nobody_alone() -> None:
+    """No sample of theirs in the window, and the longer one cannot be asked: others may have computed."""
+    scene = Scene()
+    scene.gpus.on(US, THEM)
+    scene.gpus.used(US, 10)
+    asked = scene.gpus.process_loads
+
+    def once(device_id: str, since_us: int) -> Sequence[ProcessLoad]:
+        found = asked(device_id, since_us)
+        scene.gpus.loads_error = Transient("busy")
+        return found
+
+    scene.gpus.process_loads = once
+    assert scene.look() == [(GPU, 0.0, True)]
 
 
 def test_only_newer_samples_count() -> None:
@@ -158,12 +259,12 @@ def test_only_newer_samples_count() -> None:
 
 
 def test_no_new_sample_is_no_use() -> None:
-    """After samples were seen, none since the last look means that nobody computed: share 0, no others."""
+    """After samples were seen, none since the last look means that nobody computed: share 0."""
     scene = Scene()
     scene.gpus.on(US, THEM)
     scene.gpus.used(THEM, 50)
     assert scene.look() == [(GPU, 1.0, True)]
-    assert scene.look() == [(GPU, 0.0, False)]
+    assert scene.look() == [(GPU, 0.0, True)]
 
 
 def test_what_was_used_long_ago_says_nothing_about_now() -> None:
@@ -583,8 +684,9 @@ def test_a_neighbours_joules_are_not_the_requests(tmp_path: Path, library: Path)
         numbers=Numbers(),
     )
     machine.run(60)
-    fake.used(0, (US, 25), (THEM, 75))
     neighbours.activity(1, machine.clock.monotonic_ns())
+    machine.run(5)
+    fake.used(0, (US, 25), (THEM, 75))
     neighbours.tick()
     fake.watts(0, 300)
     energy = machine.request(10)
