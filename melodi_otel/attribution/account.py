@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from typing import Final
 
 from melodi_otel.attribution.activity import Accrual
@@ -69,6 +68,11 @@ class Account:
         if joules != 0.0:
             at = (bucket, holder)
             self.buckets[at] = self.buckets.get(at, 0.0) + joules
+
+    def attribute(self, at: tuple[Who, Phase, str], joules: float) -> None:
+        """Put ``joules`` down as some requests'."""
+        if joules != 0.0:
+            self.attributed[at] = self.attributed.get(at, 0.0) + joules
 
     def withdraw(self, accrual: Accrual) -> None:
         """What a request has accrued here is for nobody to see on a span: it counts as ``unavailable`` from now on."""
@@ -186,7 +190,6 @@ class Account:
         first = interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns)
         self.baseline.observe((interval.t1_ns - interval.t0_ns) / 1e9, interval.joules, first)
 
-    def worked(self, ends: Iterable[int]) -> None:
-        """Work ended at these times."""
-        for end in ends:
-            self.last_work_ns = end if self.last_work_ns is None else max(self.last_work_ns, end)
+    def worked(self, end_ns: int) -> None:
+        """Work ended at this time."""
+        self.last_work_ns = end_ns if self.last_work_ns is None else max(self.last_work_ns, end_ns)
