@@ -44,10 +44,9 @@ def slice_cells(
         tokens_per_s: speed of prefill to assume where the first token is not known yet.
         limit: use no better evidence than this tier.
     """
-    # (activity, segments, tier, prompt tokens, output tokens, part of the time with the prompt, output tokens before)
+    # (activity, segments, tier, prompt tokens, output tokens, part of the time with the prompt, context)
     bins: list[tuple[Activity, list[tuple[int, int]], Tier, float, float, float, float]] = []
     steps = 0.0
-    prompts = False
     for activity, segments in members:
         tier = tier_of(activity) if limit is None else _worse(tier_of(activity), limit)
         if tier == "equal":
@@ -55,32 +54,32 @@ def slice_cells(
             continue
         start, stop = segments[0][0], segments[-1][1]
         before = activity.tokens_at(start)
-        decode = max(0.0, activity.tokens_at(stop) - before)
-        prefill = part = 0.0
-        if activity.prompt_tokens:
-            prefill = activity.prefill_in(device, start, stop, tokens_per_s)
-            if prefill > 0.0:
-                activity.prefill_charged[device] = activity.prefill_charged.get(device, 0.0) + prefill
-                part = _prefill_part(activity, start, stop, prefill, tokens_per_s)
-                steps = max(steps, prefill / PREFILL_CHUNK_TOKENS)
-                prompts = True
-        if decode > steps:
+        decode = activity.tokens_at(stop) - before
+        if decode < 0.0:
+            decode = 0.0
+        elif decode > steps:
             steps = decode
-        bins.append((activity, segments, tier, prefill, decode, part, before))
-    if prompts:
-        steps = max(steps, 1.0)
+        prompt = prefill = part = 0.0
+        if activity.prompt_tokens:
+            prompt = activity.computed_prompt
+            charged = activity.prefill_charged.get(device, 0.0)
+            if charged < prompt:
+                prefill = activity.prefill_in(device, start, stop, tokens_per_s)
+                if prefill > 0.0:
+                    activity.prefill_charged[device] = charged + prefill
+                    part = _prefill_part(activity, start, stop, prefill, tokens_per_s)
+                    steps = max(steps, prefill / PREFILL_CHUNK_TOKENS, 1.0)
+        bins.append((activity, segments, tier, prefill, decode, part, prompt + (activity.cached_tokens or 0) + before))
     taking = sum([max(decode, part * steps) for *_, decode, part, _ in bins]) or 1.0
     cells: list[Cell] = []
-    for activity, segments, tier, prefill, decode, part, before in bins:
+    for activity, segments, tier, prefill, decode, part, context in bins:
         row = Row(activity, activity.rows)
         if prefill > 0.0 or decode > 0.0:
-            prompt = activity.computed_prompt
-            context = prompt + (activity.cached_tokens or 0) + before
             fixed = theta.fixed * steps * max(decode, part * steps) / taking
             own_decode = decode_weight(theta, 1.0, context) * decode
             own_prefill = 0.0
             if prefill > 0.0:
-                own_prefill = theta.prefill * prefill + theta.attention * prefill * prompt / 2.0
+                own_prefill = theta.prefill * prefill + theta.attention * prefill * activity.computed_prompt / 2.0
             if tier == "window":
                 row.unsplit = fixed + own_prefill + own_decode
             elif prefill > 0.0:
