@@ -161,8 +161,6 @@ class Activity:
     def charged(self) -> tuple[str, ...]:
         """:meth:`on`, and the devices on which it has accrued before its steps named others: those joules are its too."""
         on = self.on()
-        if len(self.accruals) <= len(on) and all([name in on for name in self.accruals]):
-            return on
         more = [name for name, accrual in self.accruals.items() if name not in on and accrual.joules != 0.0]
         return (*on, *more) if more else on
 
@@ -222,7 +220,7 @@ class Activity:
 
     def segments(self, t0_ns: int, t1_ns: int) -> list[tuple[int, int]]:
         """The parts of [t0, t1] in which it owns the device time: open, and none of its nested activities is."""
-        start = self.open_ns if self.open_ns > t0_ns else t0_ns
+        start = max(t0_ns, self.open_ns)
         stop = t1_ns if self.close_ns is None or self.close_ns > t1_ns else self.close_ns
         if not self.nested:
             return [(start, stop)] if stop > start else []

@@ -137,10 +137,8 @@ class IntervalCloser:
             part = step.part(t0, t1)
             if part <= 0.0:
                 continue
-            rows = step.rows
             # A settled share is never revised: what is left of its step when it could not be waited for is nobody's.
-            if any([row.activity.settled for row in rows]):
-                rows = [row for row in rows if not row.activity.settled]
+            rows = [row for row in step.rows if not row.activity.settled]
             if rows:
                 cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows, part))
         groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
