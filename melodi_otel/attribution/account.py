@@ -154,6 +154,8 @@ class Account:
             return 0.0
         if t1_ns <= t0_ns:
             return 1.0 if first <= t0_ns <= until else 0.0
+        if first <= t0_ns and t1_ns <= until and not self.lost:
+            return 1.0
         held = max(0, min(until, t1_ns) - max(first, t0_ns))
         if self.lost:
             held -= sum(max(0, min(lost.t1_ns, t1_ns) - max(lost.t0_ns, t0_ns)) for lost in self.lost)

@@ -70,12 +70,14 @@ def slice_cells(
                     part = _prefill_part(activity, start, stop, prefill, tokens_per_s)
                     steps = max(steps, prefill / PREFILL_CHUNK_TOKENS, 1.0)
         bins.append((activity, segments, tier, prefill, decode, part, prompt + (activity.cached_tokens or 0) + before))
-    taking = sum([max(decode, part * steps) for *_, decode, part, _ in bins]) or 1.0
+    takes = [max(decode, part * steps) for *_, decode, part, _ in bins]
+    all_fixed = theta.fixed * steps
+    taking = sum(takes) or 1.0
     cells: list[Cell] = []
-    for activity, segments, tier, prefill, decode, part, context in bins:
+    for (activity, segments, tier, prefill, decode, part, context), take in zip(bins, takes, strict=True):
         row = Row(activity, activity.rows)
         if prefill > 0.0 or decode > 0.0:
-            fixed = theta.fixed * steps * max(decode, part * steps) / taking
+            fixed = all_fixed * take / taking
             own_decode = decode_weight(theta, 1.0, context) * decode
             own_prefill = 0.0
             if prefill > 0.0:
