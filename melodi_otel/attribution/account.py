@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from typing import Final
 
 from melodi_otel.attribution.activity import Accrual
@@ -69,6 +68,11 @@ class Account:
         if joules != 0.0:
             at = (bucket, holder)
             self.buckets[at] = self.buckets.get(at, 0.0) + joules
+
+    def attribute(self, at: tuple[Who, Phase, str], joules: float) -> None:
+        """Put ``joules`` down as some requests'."""
+        if joules != 0.0:
+            self.attributed[at] = self.attributed.get(at, 0.0) + joules
 
     def withdraw(self, accrual: Accrual) -> None:
         """What a request has accrued here is for nobody to see on a span: it counts as ``unavailable`` from now on."""
@@ -150,6 +154,8 @@ class Account:
             return 0.0
         if t1_ns <= t0_ns:
             return 1.0 if first <= t0_ns <= until else 0.0
+        if first <= t0_ns and t1_ns <= until and not self.lost:
+            return 1.0
         held = max(0, min(until, t1_ns) - max(first, t0_ns))
         if self.lost:
             held -= sum(max(0, min(lost.t1_ns, t1_ns) - max(lost.t0_ns, t0_ns)) for lost in self.lost)
@@ -186,7 +192,6 @@ class Account:
         first = interval.t0_ns in (self.timeline.first_ns, self.gap_end_ns)
         self.baseline.observe((interval.t1_ns - interval.t0_ns) / 1e9, interval.joules, first)
 
-    def worked(self, ends: Iterable[int]) -> None:
-        """Work ended at these times."""
-        for end in ends:
-            self.last_work_ns = end if self.last_work_ns is None else max(self.last_work_ns, end)
+    def worked(self, end_ns: int) -> None:
+        """Work ended at this time."""
+        self.last_work_ns = end_ns if self.last_work_ns is None else max(self.last_work_ns, end_ns)

@@ -175,14 +175,20 @@ class Activity:
     def tokens_at(self, t_ns: int) -> float:
         """Output tokens at ``t_ns``, joined by straight lines between what is known; never more than is known."""
         times, counts = self.progress_t, self.progress_n
-        start = (self.first_token_ns, 1.0) if self.first_token_ns is not None else (self.open_ns, 0.0)
-        if t_ns <= start[0] or not times:
-            return 0.0 if t_ns < start[0] else start[1]
+        if self.first_token_ns is None:
+            start_ns, start_n = self.open_ns, 0.0
+        else:
+            start_ns, start_n = self.first_token_ns, 1.0
+        if t_ns <= start_ns or not times:
+            return 0.0 if t_ns < start_ns else start_n
+        if t_ns >= times[-1]:
+            return float(max(counts[-1], start_n))
         at = bisect_right(times, t_ns)
-        if at == len(times):
-            return float(max(counts[-1], start[1]))
         t1, n1 = times[at], float(counts[at])
-        t0, n0 = (times[at - 1], float(counts[at - 1])) if at and times[at - 1] >= start[0] else start
+        if at and times[at - 1] >= start_ns:
+            t0, n0 = times[at - 1], float(counts[at - 1])
+        else:
+            t0, n0 = start_ns, start_n
         if t1 <= t0:
             return n1
         return n0 + (max(n1, n0) - n0) * (t_ns - t0) / (t1 - t0)
@@ -205,7 +211,7 @@ class Activity:
             return 0.0
         done_ns = self.first_token_ns
         if done_ns is None and self.progress_t and self.progress_n[-1] > 0:
-            done_ns = next(t for t, n in zip(self.progress_t, self.progress_n, strict=True) if n > 0)
+            done_ns = self.progress_t[bisect_right(self.progress_n, 0)]  # counts never fall
         if done_ns is not None and done_ns <= t1_ns:
             return left
         if done_ns is not None:
@@ -214,7 +220,10 @@ class Activity:
 
     def segments(self, t0_ns: int, t1_ns: int) -> list[tuple[int, int]]:
         """The parts of [t0, t1] in which it owns the device time: open, and none of its nested activities is."""
-        start, stop = max(t0_ns, self.open_ns), min(t1_ns, t1_ns if self.close_ns is None else self.close_ns)
+        start = max(t0_ns, self.open_ns)
+        stop = t1_ns if self.close_ns is None or self.close_ns > t1_ns else self.close_ns
+        if not self.nested:
+            return [(start, stop)] if stop > start else []
         parts: list[tuple[int, int]] = []
         for child in sorted(self.nested, key=lambda activity: activity.open_ns):
             child_stop = stop if child.close_ns is None else child.close_ns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import TAIL_NS, Account, Holder
@@ -14,7 +14,7 @@ from melodi_otel.attribution.late import Left, Unseen
 from melodi_otel.attribution.meter import EngineId, Late, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
 from melodi_otel.attribution.roster import Roster
-from melodi_otel.attribution.settle import Cell, Given, Pool, Row, divide, unworked_part
+from melodi_otel.attribution.settle import Cell, Given, Pool, divide, unworked_part
 from melodi_otel.attribution.slices import slice_cells
 from melodi_otel.attribution.weights import CostModel, EngineFacts
 from melodi_otel.timeline.timeline import Interval
@@ -23,6 +23,7 @@ DENSEST: Final = 20.0
 """Work that fills a part of an interval claims at most this many times that part of its dynamic joules."""
 ASSUMING: tuple[Tier, ...] = ("phase", "window", "equal")
 """Tiers whose figures are interpolated rather than measured."""
+_PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode", "unsplit", "static")
 
 
 class IntervalCloser:
@@ -73,10 +74,11 @@ class IntervalCloser:
             unworked = (joules - static) * max(0.0, 1.0 - DENSEST * (1.0 - idle_part))
         foreign, pools = self._pools(account, interval, cells, joules - static - unworked)
         process = bool(account.cpu.series) and account.device.type != "gpu"
-        for cell in cells:
-            if process:
+        if process:
+            for cell in cells:
                 cell.tier = "process"
-            elif foreign > 0.0:
+        elif foreign > 0.0:
+            for cell in cells:
                 cell.alone = False
         shared = shared_static(self._policy, static)
         division = divide(t0, t1, shared, pools)
@@ -103,15 +105,14 @@ class IntervalCloser:
                 based=account.baseline.watts is not None,
             )
         )
-        for given in division.given:
-            self._accrue(account, given, t1 - t0, account.baseline.watts is not None)
-            given.activity.accruals[account.device.id].foreign |= foreign > 0.0
+        _accrue(account, division.given, t1 - t0, account.baseline.watts is not None, foreign > 0.0)
         if cells:
-            account.worked(cell.t1_ns for cell in cells)
+            account.worked(max([cell.t1_ns for cell in cells]))
         elif not self.unseen.any_in(t0, t1):
             account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
         account.cpu.forget_before(t0)
-        account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
+        if account.lost:
+            account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
 
     def take_late(self, account: Account, activity: Activity, late: Late) -> None:
         """Let work that was reported when it was over take its part of what closed intervals left to nobody."""
@@ -125,69 +126,49 @@ class IntervalCloser:
             given = Given(activity, "equal", unsplit=dynamic, static=taken.static, busy_ns=taken.length_ns)
             given.shared = dynamic * (1.0 - 1.0 / taken.company)
             given.company_ns = taken.company * taken.length_ns
-            self._accrue(account, given, left.t1_ns - left.t0_ns, left.based)
-            activity.accruals[account.device.id].foreign |= taken.foreign > 0.0
+            _accrue(account, [given], left.t1_ns - left.t0_ns, left.based, taken.foreign > 0.0)
             covered += taken.covered_ns
         activity.late_covered_ns[account.device.id] = covered
 
     def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
         t0, t1 = interval.t0_ns, interval.t1_ns
         cells: list[Cell] = []
-        stepped: set[int] = set()
         for step in account.steps_in(interval):
             part = step.part(t0, t1)
             if part <= 0.0:
                 continue
             # A settled share is never revised: what is left of its step when it could not be waited for is nobody's.
-            rows = [
-                Row(row.activity, row.participants, row.prefill * part, row.decode * part)
-                for row in step.rows
-                if not row.activity.settled
-            ]
-            if not rows:
-                continue
-            cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows))
-            stepped.update(id(row.activity) for row in rows)
+            rows = [row for row in step.rows if not row.activity.settled]
+            if rows:
+                cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows, part))
         groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
+        name, all_engines = account.device.id, self._roster.engines
         for activity in self._roster.activities.values():
-            segments = self._slice_of(account, activity, t0, t1, id(activity) in stepped)
+            if (
+                activity.open_ns >= t1
+                or (activity.close_ns is not None and activity.close_ns <= t0)
+                or activity.anonymous
+                or activity.late is not None
+                or name not in (activity.step_devices or activity.devices)
+            ):
+                continue
+            engine_id = activity.engine
+            engine = None if engine_id is None else all_engines[engine_id]
+            if engine is None or engine.evidence != "steps":
+                segments = activity.segments(t0, t1)
+            else:
+                segments = _beside_steps(engine, activity, t0, t1)
             if segments:
-                groups.setdefault(activity.engine, []).append((activity, segments))
+                members = groups.get(engine_id)
+                if members is None:
+                    members = groups[engine_id] = []
+                members.append((activity, segments))
         for engine_id, members in groups.items():
             engine = self._roster.engines[engine_id] if engine_id is not None else None
             theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else ASSUMED_PREFILL_TOKENS_PER_S
             cells += slice_cells(account.device.id, members, theta, speed, self._best)
         return cells
-
-    def _slice_of(self, account: Account, activity: Activity, t0: int, t1: int, stepped: bool) -> list[tuple[int, int]]:
-        """The parts of [t0, t1] in which a request without steps there has to be seen as a slice."""
-        if (
-            activity.anonymous
-            or activity.late is not None
-            or activity.open_ns >= t1
-            or (activity.close_ns is not None and activity.close_ns <= t0)
-        ):
-            return []
-        if account.device.id not in activity.on():
-            return []
-        engine = self._roster.engines[activity.engine] if activity.engine is not None else None
-        if engine is None or engine.evidence != "steps":
-            return activity.segments(t0, t1)
-        if activity.own_lane and activity.last_step_ns is None:
-            return activity.segments(t0, t1)
-        # The engine reports steps. A request without one here was not scheduled, unless its step is still running: the
-        # interval was then waited for in vain, and what lies behind the lane's newest step is seen as a slice.
-        if activity.close_ns is not None:
-            return []
-        lane = engine.lane_of(activity)
-        if lane is not None and lane.t1_ns < t1:
-            return activity.segments(max(t0, lane.t1_ns), t1)
-        if lane is None and activity.last_step_ns is None and not stepped:
-            newest = max((other.t1_ns for other in engine.lanes.values()), default=0)
-            if newest < t1:
-                return activity.segments(max(t0, newest), t1)
-        return []
 
     def _pools(
         self, account: Account, interval: Interval, cells: list[Cell], dynamic: float
@@ -212,35 +193,6 @@ class IntervalCloser:
                 used = dynamic
         return dynamic - used, pools
 
-    def _accrue(self, account: Account, given: Given, length_ns: int, based: bool) -> None:
-        activity = given.activity
-        accrual = activity.accruals.get(account.device.id)
-        if accrual is None:
-            accrual = activity.accruals[account.device.id] = Accrual()
-        accrual.prefill += given.prefill
-        accrual.decode += given.decode
-        accrual.unsplit += given.unsplit
-        accrual.static += given.static
-        accrual.busy_ns += given.busy_ns
-        accrual.company_ns += round(given.company_ns)
-        accrual.intervals += 1
-        accrual.interval_ns += length_ns
-        accrual.unbased |= not based
-        tier = given.tier
-        dynamic = given.prefill + given.decode + given.unsplit
-        accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + dynamic + given.static
-        accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
-        quality = "estimated" if account.device.estimated else "interpolated" if tier in ASSUMING else "measured"
-        # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
-        if not based:
-            _book(account, accrual, (activity.who, "unsplit", quality), dynamic + given.static)
-            return
-        who = activity.who
-        _book(account, accrual, (who, "prefill", quality), given.prefill)
-        _book(account, accrual, (who, "decode", quality), given.decode)
-        _book(account, accrual, (who, "unsplit", quality), given.unsplit)
-        _book(account, accrual, (who, "static", quality), given.static)
-
     def _holder(self, engines: list[EngineState]) -> Holder | None:
         held = [engine for engine in engines if not engine.gone and engine.model]
         if len(held) != 1:
@@ -248,10 +200,80 @@ class IntervalCloser:
         return held[0].service or "", held[0].model or ""
 
 
-def _book(account: Account, accrual: Accrual, at: tuple[Who, Phase, str], joules: float) -> None:
-    if joules != 0.0:
-        for booked in (account.attributed, accrual.booked):
-            booked[at] = booked.get(at, 0.0) + joules
+def _beside_steps(engine: EngineState, activity: Activity, t0: int, t1: int) -> list[tuple[int, int]]:
+    """The parts of [t0, t1] in which a request is seen as a slice although its engine reports steps."""
+    if activity.own_lane and activity.last_step_ns is None:
+        return activity.segments(t0, t1)
+    # A request without a step here was not scheduled, unless its step is still running: the interval was then waited for in
+    # vain, and what lies behind the lane's newest step is seen as a slice.
+    if activity.close_ns is not None:
+        return []
+    lane = engine.lane_of(activity)
+    if lane is not None and lane.t1_ns < t1:
+        return activity.segments(max(t0, lane.t1_ns), t1)
+    if lane is None and activity.last_step_ns is None:
+        newest = max((other.t1_ns for other in engine.lanes.values()), default=0)
+        if newest < t1:
+            return activity.segments(max(t0, newest), t1)
+    return []
+
+
+def _accrue(account: Account, all_given: Sequence[Given], length_ns: int, based: bool, foreign: bool) -> None:
+    """Add what an interval gave to what each has accrued on the device, and to the device's books."""
+    name, estimated = account.device.id, account.device.estimated
+    # The books are told once per identity, not once per request: there are few of them.
+    sums: dict[tuple[int, str], list[float]] = {}
+    whos: dict[int, Who] = {}
+    for given in all_given:
+        activity, tier = given.activity, given.tier
+        accrual = activity.accruals.get(name)
+        if accrual is None:
+            accrual = activity.accruals[name] = Accrual()
+        prefill, decode, unsplit, static = given.prefill, given.decode, given.unsplit, given.static
+        accrual.prefill += prefill
+        accrual.decode += decode
+        accrual.unsplit += unsplit
+        accrual.static += static
+        accrual.busy_ns += given.busy_ns
+        accrual.company_ns += round(given.company_ns)
+        accrual.intervals += 1
+        accrual.interval_ns += length_ns
+        if not based:
+            accrual.unbased = True
+        if foreign:
+            accrual.foreign = True
+        accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + (prefill + decode + unsplit) + static
+        accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
+        quality = "estimated" if estimated else "interpolated" if tier in ASSUMING else "measured"
+        # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
+        if not based:
+            prefill, decode, unsplit, static = 0.0, 0.0, prefill + decode + unsplit + static, 0.0
+        who, booked = activity.who, accrual.booked
+        if prefill != 0.0:
+            at = (who, "prefill", quality)
+            booked[at] = booked.get(at, 0.0) + prefill
+        if decode != 0.0:
+            at = (who, "decode", quality)
+            booked[at] = booked.get(at, 0.0) + decode
+        if unsplit != 0.0:
+            at = (who, "unsplit", quality)
+            booked[at] = booked.get(at, 0.0) + unsplit
+        if static != 0.0:
+            at = (who, "static", quality)
+            booked[at] = booked.get(at, 0.0) + static
+        both = (id(who), quality)
+        held = sums.get(both)
+        if held is None:
+            whos[id(who)] = who
+            sums[both] = [prefill, decode, unsplit, static]
+        else:
+            held[0] += prefill
+            held[1] += decode
+            held[2] += unsplit
+            held[3] += static
+    for (who_id, quality), held in sums.items():
+        for phase, joules in zip(_PHASES, held, strict=True):
+            account.attribute((whos[who_id], phase, quality), joules)
 
 
 def _pool_of(cell: Cell, known: Collection[EngineId | None]) -> EngineId | None:

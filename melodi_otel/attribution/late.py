@@ -13,9 +13,11 @@ beside it and have not been reported yet find their part untouched::
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 from melodi_otel.attribution.books import Bucket
@@ -84,13 +86,14 @@ class Leavings:
 
     def take(self, t0_ns: int, t1_ns: int, late: Late) -> Iterator[Taken]:
         """Take the part of work that ran in [t0, t1]; what is taken is gone."""
+        beside = Beside(late.beside)
         for left in reversed(self._kept):
             if left.t1_ns <= t0_ns:
                 return
             start, stop = max(t0_ns, left.t0_ns), min(t1_ns, left.t1_ns)
             if stop <= start:
                 continue
-            waiting = 1.0 + _company(late.beside, start, stop)
+            waiting = 1.0 + beside.company(start, stop)
             length = (stop - start) / (left.t1_ns - left.t0_ns)
             part = length / waiting
             # Work of another process is in what other processes used; work of this one is not.
@@ -109,6 +112,22 @@ class Leavings:
             left.dynamic -= taken.dynamic
             left.foreign -= taken.foreign
             yield taken
+
+
+class Beside:
+    """Others who began at these times (monotonic ns, in any order) and are still there."""
+
+    def __init__(self, starts: Sequence[int]) -> None:
+        self._starts = sorted(starts)
+        self._sums = list(accumulate(self._starts, initial=0))
+
+    def company(self, t0_ns: int, t1_ns: int) -> float:
+        """Mean number of them in [t0, t1]."""
+        before = bisect_right(self._starts, t0_ns)
+        until = bisect_left(self._starts, t1_ns, lo=before)
+        # Who was there at t0 stays for the whole time, who came later for what is left of it.
+        stay = before * (t1_ns - t0_ns) + (until - before) * t1_ns - (self._sums[until] - self._sums[before])
+        return stay / (t1_ns - t0_ns)
 
 
 class Unseen:
@@ -134,8 +153,3 @@ class Unseen:
             if start < t1_ns:
                 return True
         return False
-
-
-def _company(beside: Sequence[int], t0_ns: int, t1_ns: int) -> float:
-    """Mean number of others in [t0, t1] who began at these times and are still there."""
-    return sum(max(0, t1_ns - max(start, t0_ns)) for start in beside) / (t1_ns - t0_ns)

@@ -42,15 +42,25 @@ class Row:
 
 @dataclass(slots=True)
 class Cell:
-    """Something that ran in [t0, t1] (already cut to the interval) with these rows, known at this tier."""
+    """Something that ran in [t0, t1] (already cut to the interval) with these rows, known at this tier.
+
+    Attributes:
+        t0_ns, t1_ns: from when to when.
+        tier: how it is known.
+        rows: who, with weights; never changed here, because the rows of a step belong to all devices and intervals it ran in.
+        part: the part of the rows' weights that is in this cell (0..1).
+        alone: whether at no time another request ran beside.
+        static_each: idle J per participant, and ``company`` ns times requests that were there: set by :func:`divide`.
+    """
 
     t0_ns: int
     t1_ns: int
     tier: Tier
-    rows: list[Row]
+    rows: Sequence[Row]
+    part: float = 1.0
+    alone: bool = True
     static_each: float = 0.0
     company: float = 0.0
-    alone: bool = True
 
 
 @dataclass(slots=True)
@@ -93,122 +103,191 @@ def divide(t0_ns: int, t1_ns: int, static_joules: float, pools: Sequence[Pool]) 
         static_joules: idle energy in it, ``min(idle power x length, measured)``.
         pools: dynamic joules and the cells that share them; a cell stands in one pool.
     """
-    cells = [cell for pool in pools for cell in pool.cells]
     out = Division()
-    out.idle_static = _share_static(t0_ns, t1_ns, static_joules, cells)
-    given: dict[tuple[int, Tier], Given] = {}
-    for cell in cells:
-        for row in cell.rows:
-            got = _slot(given, row.activity, cell)
-            got.static += cell.static_each * row.participants
-            got.busy_ns += cell.t1_ns - cell.t0_ns
-            got.company_ns += cell.company
+    cells = pools[0].cells if len(pools) == 1 else [cell for pool in pools for cell in pool.cells]
+    out.idle_static = share_static(t0_ns, t1_ns, static_joules, cells)
+    known: dict[tuple[Activity, Tier], Given] = {}
     for pool in pools:
         if not pool.cells:
             out.unclaimed += pool.joules
-        elif pool.joules != 0.0:
-            _share_dynamic(pool, given)
-    out.given = list(given.values())
+            continue
+        given, weights = _share_pool(pool)
+        if len(pools) > 1:
+            given = _joined(known, given)
+        out.given += given
+        if pool.joules != 0.0:
+            _part_shared(out.given, weights)
     return out
 
 
 def unworked_part(t0_ns: int, t1_ns: int, cells: Sequence[Cell]) -> float:
     """The part of [t0, t1] in which nothing runs, 0..1; 0 where there is no cell of any length."""
     covered, until = 0, t0_ns
-    for start, stop in sorted((cell.t0_ns, cell.t1_ns) for cell in cells):
+    for start, stop in sorted({(cell.t0_ns, cell.t1_ns) for cell in cells}):
         covered += max(0, stop - max(start, until))
         until = max(until, stop)
     return 1.0 - covered / (t1_ns - t0_ns) if covered else 0.0
 
 
-def _slot(given: dict[tuple[int, Tier], Given], activity: Activity, cell: Cell) -> Given:
-    tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
-    at = (id(activity), tier)
-    found = given.get(at)
-    if found is None:
-        found = given[at] = Given(activity, tier)
-    return found
+def share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -> float:
+    """Divide idle joules at each instant by the participants of all that runs then; what is left where nothing runs, in J.
 
-
-def _share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -> float:
-    # A sweep over starts and ends: between two of them the set of running cells, and so the number of participants, is
-    # constant. Cells of zero length take part in nothing here.
+    Sets ``static_each`` and ``company`` of the cells, and ``alone`` where it is not; cells of zero length take part in nothing.
+    """
+    # Between two neighbouring starts or ends the number of participants is constant. One walk over these times adds up what
+    # each participant gets from t0 on; a cell gets the difference between its end and its start. So that a short cell behind
+    # a long stretch loses no digits in it, the sum is carried with its rounding error beside it.
+    changes: dict[int, list[int]] = {}
+    for cell in cells:
+        start, stop = cell.t0_ns, cell.t1_ns
+        if stop <= start:
+            continue
+        rows = cell.rows
+        heads = len(rows)
+        count = rows[0].participants if heads == 1 else sum([row.participants for row in rows])
+        for at, sign in ((start, 1), (stop, -1)):
+            change = changes.get(at)
+            if change is None:
+                changes[at] = [sign * count, sign * heads]
+            else:
+                change[0] += sign * count
+                change[1] += sign * heads
     rate = joules / (t1_ns - t0_ns)
-    if not cells:
-        return joules
-    edges: list[tuple[int, int, Cell]] = []
+    participants = requests = 0
+    each = lost = 0.0  # ns per participant since t0, and what the sum of them has lost to rounding
+    company = crowded = idle_ns = 0
+    last = t0_ns
+    until: dict[int, tuple[float, float, int, int]] = {}
+    for at in sorted(changes):
+        length = at - last
+        if participants:
+            more = length / participants
+            total = each + more
+            lost += (each - total) + more if each >= more else (more - total) + each
+            each = total
+            company += length * requests
+            if requests > 1:
+                crowded += length
+        else:
+            idle_ns += length
+        until[at] = (each, lost, company, crowded)
+        last = at
+        change = changes[at]
+        participants += change[0]
+        requests += change[1]
     for cell in cells:
         if cell.t1_ns > cell.t0_ns:
-            edges.append((cell.t0_ns, 1, cell))
-            edges.append((cell.t1_ns, 0, cell))
-    edges.sort(key=lambda edge: (edge[0], edge[1]))
-    running: dict[int, Cell] = {}
-    participants = requests = 0
-    idle_ns, last = 0, t0_ns
-    for at, starts, cell in edges:
-        length = at - last
-        if length > 0:
-            if participants:
-                each = rate * length / participants
-                for other in running.values():
-                    other.static_each += each
-                    other.company += length * requests
-                    if requests > 1:
-                        other.alone = False
-            else:
-                idle_ns += length
-            last = at
-        count, heads = sum(row.participants for row in cell.rows), len(cell.rows)
-        if starts:
-            running[id(cell)] = cell
-            participants, requests = participants + count, requests + heads
-        else:
-            del running[id(cell)]
-            participants, requests = participants - count, requests - heads
-    return rate * (idle_ns + (t1_ns - last))
+            each0, lost0, company0, crowded0 = until[cell.t0_ns]
+            each1, lost1, company1, crowded1 = until[cell.t1_ns]
+            cell.static_each = rate * ((each1 - each0) + (lost1 - lost0))
+            cell.company = company1 - company0
+            if crowded1 > crowded0:
+                cell.alone = False
+    return rate * (idle_ns + (t1_ns - last)) if cells else joules
 
 
-def _share_dynamic(pool: Pool, given: dict[tuple[int, Tier], Given]) -> None:
-    _price_unknown(pool.cells)
-    total = sum(row.prefill + row.decode + row.unsplit for cell in pool.cells for row in cell.rows)
-    if total <= 0.0:
-        # No cell shows any work in this interval (a counter that did not move): time is all that is left to share by.
-        for cell in pool.cells:
-            for row in cell.rows:
-                row.unsplit = float(max(1, cell.t1_ns - cell.t0_ns)) * row.participants
-        total = sum(row.prefill + row.decode + row.unsplit for cell in pool.cells for row in cell.rows)
-    per_weight = pool.joules / total
-    mine: dict[int, float] = {}
+def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
+    """Who gets what of a pool (``shared`` is still open), and each one's part of its weight, 0..1."""
+    out: list[Given] = []
+    by_tier: dict[Tier, dict[Activity, Given]] = {}
+    unknown: list[tuple[Cell, Row, Given]] = []
+    # Weights are added up first, in the fields of the joules, and priced when their sum is known.
+    total = 0.0
     for cell in pool.cells:
+        tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
+        slots = by_tier.get(tier)
+        if slots is None:
+            slots = by_tier[tier] = {}
+        length, company, each, part = cell.t1_ns - cell.t0_ns, cell.company, cell.static_each, cell.part
         for row in cell.rows:
-            got = _slot(given, row.activity, cell)
-            got.prefill += row.prefill * per_weight
-            got.decode += row.decode * per_weight
-            got.unsplit += row.unsplit * per_weight
-            at = id(row.activity)
-            mine[at] = mine.get(at, 0.0) + row.prefill + row.decode + row.unsplit
-    for got in given.values():
-        weight = mine.get(id(got.activity))
-        if weight is not None:
-            dynamic = got.prefill + got.decode + got.unsplit
-            got.shared = dynamic * max(0.0, 1.0 - weight / total)
+            activity = row.activity
+            got = slots.get(activity)
+            if got is None:
+                got = slots[activity] = Given(activity, tier)
+                out.append(got)
+            got.static += each * row.participants
+            got.busy_ns += length
+            got.company_ns += company
+            if row.unknown:
+                unknown.append((cell, row, got))
+                continue
+            prefill, decode, unsplit = row.prefill * part, row.decode * part, row.unsplit * part
+            got.prefill += prefill
+            got.decode += decode
+            got.unsplit += unsplit
+            total += prefill + decode + unsplit
+    total += _price_unknown(pool.cells, unknown, total)
+    if total <= 0.0:
+        total = _price_by_time(pool.cells, by_tier, out)
+    per_weight = pool.joules / total
+    weights: dict[Activity, float] = {}
+    for got in out:
+        weight = (got.prefill + got.decode + got.unsplit) / total
+        activity = got.activity
+        weights[activity] = weights[activity] + weight if activity in weights else weight
+        got.prefill *= per_weight
+        got.decode *= per_weight
+        got.unsplit *= per_weight
+    return out, weights
 
 
-def _price_unknown(cells: Sequence[Cell]) -> None:
+def _price_unknown(cells: Sequence[Cell], unknown: Sequence[tuple[Cell, Row, Given]], known_weight: float) -> float:
     # Requests of which only times are known count as much as the others do on average, per participant and time.
-    unknown = [(cell, row) for cell in cells for row in cell.rows if row.unknown]
     if not unknown:
-        return
-    known_weight = known_time = 0.0
+        return 0.0
+    known_time = 0
     for cell in cells:
         for row in cell.rows:
             if not row.unknown:
-                known_weight += row.prefill + row.decode + row.unsplit
                 known_time += (cell.t1_ns - cell.t0_ns) * row.participants
-    rate = known_weight / known_time if known_weight > 0.0 and known_time > 0.0 else 1.0
-    for cell, row in unknown:
+    rate = known_weight / known_time if known_weight > 0.0 and known_time > 0 else 1.0
+    total = 0.0
+    for cell, row, got in unknown:
         weight = rate * max(1, cell.t1_ns - cell.t0_ns) * row.participants
+        total += weight
         if row.unknown == "decode":
-            row.decode = weight
+            got.decode += weight
         else:
-            row.unsplit = weight
+            got.unsplit += weight
+    return total
+
+
+def _price_by_time(cells: Sequence[Cell], by_tier: dict[Tier, dict[Activity, Given]], given: Sequence[Given]) -> float:
+    # No cell shows any work in this interval (a counter that did not move): time is all that is left to share by.
+    for got in given:
+        got.prefill = got.decode = got.unsplit = 0.0
+    total = 0.0
+    for cell in cells:
+        tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
+        for row in cell.rows:
+            weight = float(max(1, cell.t1_ns - cell.t0_ns)) * row.participants
+            by_tier[tier][row.activity].unsplit += weight
+            total += weight
+    return total
+
+
+def _joined(known: dict[tuple[Activity, Tier], Given], given: Sequence[Given]) -> list[Given]:
+    """Add to those who had something from another pool already; the others."""
+    new: list[Given] = []
+    for got in given:
+        at = (got.activity, got.tier)
+        before = known.get(at)
+        if before is None:
+            known[at] = got
+            new.append(got)
+            continue
+        before.prefill += got.prefill
+        before.decode += got.decode
+        before.unsplit += got.unsplit
+        before.static += got.static
+        before.busy_ns += got.busy_ns
+        before.company_ns += got.company_ns
+    return new
+
+
+def _part_shared(given: Sequence[Given], weights: dict[Activity, float]) -> None:
+    # What an activity got is what it shared, but for the part that would have been its own: its part of the weight.
+    for got in given:
+        weight = weights.get(got.activity)
+        if weight is not None:
+            got.shared = (got.prefill + got.decode + got.unsplit) * max(0.0, 1.0 - weight)

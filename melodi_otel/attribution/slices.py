@@ -44,43 +44,62 @@ def slice_cells(
         tokens_per_s: speed of prefill to assume where the first token is not known yet.
         limit: use no better evidence than this tier.
     """
-    bins: list[tuple[Activity, list[tuple[int, int]], Tier, float, float, float]] = []
+    # (activity, segments, tier, prompt tokens, output tokens, part of the time with the prompt, context)
+    bins: list[tuple[Activity, list[tuple[int, int]], Tier, float, float, float, float]] = []
+    steps = 0.0
     for activity, segments in members:
-        tier = _worse(tier_of(activity), limit)
-        start, stop = segments[0][0], segments[-1][1]
+        tier = tier_of(activity) if limit is None else _worse(tier_of(activity), limit)
         if tier == "equal":
-            bins.append((activity, segments, tier, 0.0, 0.0, 0.0))
+            bins.append((activity, segments, tier, 0.0, 0.0, 0.0, 0.0))
             continue
-        prefill = activity.prefill_in(device, start, stop, tokens_per_s)
-        activity.prefill_charged[device] = activity.prefill_charged.get(device, 0.0) + prefill
-        decode = max(0.0, activity.tokens_at(stop) - activity.tokens_at(start))
-        bins.append(
-            (activity, segments, tier, prefill, decode, _prefill_part(activity, start, stop, prefill, tokens_per_s))
-        )
-    steps = max((decode for *_, decode, _ in bins), default=0.0)
-    steps = max(steps, max((prefill / PREFILL_CHUNK_TOKENS for _, _, _, prefill, _, _ in bins), default=0.0))
-    if any(prefill > 0.0 for _, _, _, prefill, _, _ in bins):
-        steps = max(steps, 1.0)
-    taking = sum(max(decode, part * steps) for *_, decode, part in bins) or 1.0
+        start, stop = segments[0][0], segments[-1][1]
+        before = activity.tokens_at(start)
+        decode = activity.tokens_at(stop) - before
+        if decode < 0.0:
+            decode = 0.0
+        elif decode > steps:
+            steps = decode
+        prompt = prefill = part = 0.0
+        if activity.prompt_tokens:
+            prompt = activity.computed_prompt
+            charged = activity.prefill_charged.get(device, 0.0)
+            if charged < prompt:
+                prefill = activity.prefill_in(device, start, stop, tokens_per_s)
+                if prefill > 0.0:
+                    activity.prefill_charged[device] = charged + prefill
+                    part = _prefill_part(activity, start, stop, prefill, tokens_per_s)
+                    steps = max(steps, prefill / PREFILL_CHUNK_TOKENS, 1.0)
+        bins.append((activity, segments, tier, prefill, decode, part, prompt + (activity.cached_tokens or 0) + before))
+    takes = [max(decode, part * steps) for *_, decode, part, _ in bins]
+    all_fixed = theta.fixed * steps
+    taking = sum(takes) or 1.0
     cells: list[Cell] = []
-    for activity, segments, tier, prefill, decode, part in bins:
+    for (activity, segments, tier, prefill, decode, part, context), take in zip(bins, takes, strict=True):
         row = Row(activity, activity.rows)
         if prefill > 0.0 or decode > 0.0:
-            context = activity.computed_prompt + (activity.cached_tokens or 0) + activity.tokens_at(segments[0][0])
-            fixed = theta.fixed * steps * max(decode, part * steps) / taking
-            to_prefill = fixed * (part if decode > 0.0 else 1.0)
-            own_prefill = theta.prefill * prefill + theta.attention * prefill * activity.computed_prompt / 2.0
+            fixed = all_fixed * take / taking
             own_decode = decode_weight(theta, 1.0, context) * decode
+            own_prefill = 0.0
+            if prefill > 0.0:
+                own_prefill = theta.prefill * prefill + theta.attention * prefill * activity.computed_prompt / 2.0
             if tier == "window":
                 row.unsplit = fixed + own_prefill + own_decode
+            elif prefill > 0.0:
+                to_prefill = fixed * (part if decode > 0.0 else 1.0)
+                row.prefill = own_prefill + to_prefill
+                row.decode = own_decode + (fixed - to_prefill)
             else:
-                row.prefill = own_prefill + (to_prefill if prefill > 0.0 else 0.0)
-                row.decode = own_decode + (fixed - to_prefill if prefill > 0.0 else fixed)
+                row.decode = own_decode + fixed
         elif tier in ("equal", "window"):
             row.unknown = "unsplit"
         elif tier == "phase":
             row.unknown = "decode"
-        cells += _spread(row, tier, segments)
+        if len(segments) == 1:
+            start, stop = segments[0]
+            cells.append(Cell(start, stop, tier, (row,)))
+            continue
+        whole = sum(b - a for a, b in segments)
+        cells += [Cell(a, b, tier, (row,), (b - a) / whole) for a, b in segments]
     return cells
 
 
@@ -97,15 +116,3 @@ def _prefill_part(activity: Activity, start: int, stop: int, prefill: float, tok
     if activity.first_token_ns is not None:
         return max(0.0, min(1.0, (activity.first_token_ns - start) / (stop - start)))
     return min(1.0, prefill / (tokens_per_s * (stop - start) / 1e9))
-
-
-def _spread(row: Row, tier: Tier, segments: Sequence[tuple[int, int]]) -> list[Cell]:
-    if len(segments) == 1:
-        return [Cell(*segments[0], tier, [row])]
-    whole = sum(b - a for a, b in segments)
-    cells: list[Cell] = []
-    for a, b in segments:
-        part = (b - a) / whole
-        weights = (row.prefill * part, row.decode * part, row.unsplit * part)
-        cells.append(Cell(a, b, tier, [Row(row.activity, row.participants, *weights, row.unknown)]))
-    return cells

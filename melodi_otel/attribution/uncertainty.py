@@ -51,9 +51,13 @@ def share_sigma(
     """
     if joules <= 0.0:
         return 0.0
-    together = math.fsum(shared.values())
+    if len(shared) == 1:  # nearly always
+        ((tier, together),) = shared.items()
+        structure = STRUCTURE[tier] * together
+    else:
+        together = math.fsum(shared.values())
+        structure = math.fsum(STRUCTURE[tier] * part for tier, part in shared.items())
     mixed = min(1.0, together / joules)
-    structure = math.fsum(STRUCTURE[tier] * part for tier, part in shared.items())
     idle = _IDLE * static * mixed
     watts = joules / duration_s if duration_s > 0.0 else 0.0
     step = watts * interval_s / math.sqrt(90.0)

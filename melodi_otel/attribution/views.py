@@ -60,5 +60,5 @@ def _in_flight(roster: Roster) -> dict[str, float]:
     held: dict[str, float] = {}
     for activity in roster.activities.values():
         for device, accrual in activity.accruals.items():
-            held[device] = held.get(device, 0.0) + accrual.joules
+            held[device] = held.get(device, 0.0) + (accrual.prefill + accrual.decode + accrual.unsplit + accrual.static)
     return held

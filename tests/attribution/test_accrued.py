@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -137,3 +137,15 @@ def test_settle_after_stir_closes_with_the_answers() -> None:
     assert mine.dynamic is not None and others.dynamic is not None
     assert mine.dynamic + others.dynamic == pytest.approx(100.0, rel=1e-12)
     assert mine.dynamic > 1.5 * others.dynamic
+
+
+def test_a_share_is_a_share_however_it_was_made() -> None:
+    """It equals one that was made field by field, hashes like it, and cannot be changed."""
+    made = ledger()
+    made.open(A, 0, engine=ENGINE, devices=("GPU-0",))
+    read(made, 1.0)
+    (share,) = made.accrued()[A]
+    again = replace(share)
+    assert (share, hash(share), repr(share)) == (again, hash(again), repr(again))
+    with pytest.raises(FrozenInstanceError):
+        share.joules = 0.0  # type: ignore[misc]
