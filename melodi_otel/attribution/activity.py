@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from concurrent.futures import Future
 from typing import Final
@@ -9,6 +10,10 @@ from typing import Final
 from melodi_otel.attribution.books import Phase, Who
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
 
+log = logging.getLogger("melodi_otel")
+
+NESTED: Final = 64
+"""Requests in requests in requests; one that is deeper is nobody's child."""
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
 """Speed at which a prompt is assumed to be computed until its engine has shown one."""
 
@@ -232,3 +237,27 @@ class Activity:
             start = max(start, child_stop)
         parts.append((start, stop))
         return [(a, b) for a, b in parts if b > a]
+
+
+def may_hold(outer: Activity, inner: Activity) -> bool:
+    """Whether ``inner`` may be nested in ``outer``: nobody is inside itself, and not deeper than anybody programs."""
+    above: Activity | None = outer
+    for _ in range(NESTED):
+        if above is None:
+            return True
+        if above is inner:
+            return False
+        above = above.parent
+    return False
+
+
+def ask(activity: Activity) -> int | None:
+    """What its probe says; one that fails is not asked again."""
+    if activity.probe is None:
+        return None
+    try:
+        return activity.probe()
+    except Exception:
+        log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
+        activity.probe = None
+        return None

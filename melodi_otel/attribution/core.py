@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Final
 
 from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
-from melodi_otel.attribution.activity import Accrual, Activity
+from melodi_otel.attribution.activity import Accrual, Activity, ask, may_hold
 from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
@@ -26,8 +25,6 @@ from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
 
-NESTED: Final = 64
-"""Requests in requests in requests; one that is deeper is nobody's child."""
 
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
@@ -192,7 +189,7 @@ class Core:
             self.roster.blocks[key] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
-        if outer is not None and _may_hold(outer, activity):
+        if outer is not None and may_hold(outer, activity):
             activity.parent = outer
             outer.nested.append(activity)
 
@@ -278,7 +275,7 @@ class Core:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []
         for activity in list(self.roster.activities.values()):
-            tokens = _ask(activity) if activity.close_ns is None else None
+            tokens = ask(activity) if activity.close_ns is None else None
             if tokens is not None:
                 told.append((activity.key, tokens))
         self._moved = False
@@ -288,7 +285,7 @@ class Core:
         """A request is about to close: what it has not handed over yet lands in the inbox now."""
         activity = self.roster.activities.get(key)
         if activity is not None and activity.close_ns is None:
-            _ask(activity)
+            ask(activity)
             activity.probe = None
 
     def advance(self, now_ns: int, *, force: bool = False) -> None:
@@ -479,26 +476,3 @@ class Core:
             activity.future.set_result(shares)
         except Exception:
             log.warning("melodi_otel: a listener to finished requests failed", exc_info=True)
-
-
-def _may_hold(outer: Activity, inner: Activity) -> bool:
-    """Whether ``inner`` may be nested in ``outer``: nobody is inside itself, and not deeper than anybody programs."""
-    above: Activity | None = outer
-    for _ in range(NESTED):
-        if above is None:
-            return True
-        if above is inner:
-            return False
-        above = above.parent
-    return False
-
-
-def _ask(activity: Activity) -> int | None:
-    if activity.probe is None:
-        return None
-    try:
-        return activity.probe()
-    except Exception:
-        log.debug("melodi_otel: a probe failed and is not asked again", exc_info=True)
-        activity.probe = None
-        return None

@@ -73,10 +73,12 @@ class IntervalCloser:
             # A request that begins a millisecond before the end of a long interval did not cause what happened in it.
             unworked = (joules - static) * max(0.0, 1.0 - DENSEST * (1.0 - idle_part))
         foreign, pools = self._pools(account, interval, cells, joules - static - unworked)
-        process = bool(account.cpu.series) and account.device.type != "gpu"
-        if process:
+        series = account.cpu.series if account.device.type != "gpu" else {}
+        if series:
             for cell in cells:
-                cell.tier = "process"
+                # Of a program whose process cannot be seen no CPU time is known: its part of the rest is that of its requests.
+                if _pool_of(cell, series) in series:
+                    cell.tier = "process"
         elif foreign > 0.0:
             for cell in cells:
                 cell.alone = False

@@ -79,9 +79,7 @@ class Ledger:
         tap: Callable[[str, tuple[Any, ...]], None] | None = None,
         watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._make = lambda: Core(
-            policy, model, host_devices, patience_s, best, who, finished, step_wait_s, deliveries
-        )
+        self._make = lambda: Core(policy, model, host_devices, patience_s, best, who, finished, step_wait_s, deliveries)
         self._engine_devices = tuple(engine_devices) if engine_devices else None
         self._tap = tap
         self._watch = watch
@@ -296,9 +294,9 @@ class Ledger:
     def forgo(self, key: Key) -> None:
         """Nobody waits for the joules of this request any more: its span has gone out as ``unavailable``.
 
-        Before or after its close, and after it was settled until :meth:`delivered`; a key that is not known changes nothing. What it accrues stays its own in the
-        books, and stands in ``attributed`` under the quality ``unavailable`` as soon as it is settled, so that the other
-        qualities sum to what spans tell. It still has to be closed.
+        Before or after its close, and after it was settled until :meth:`delivered`; a key that is not known changes nothing. What
+        it accrues stays its own in the books, and stands in ``attributed`` under the quality ``unavailable`` as soon as it is
+        settled, so that the other qualities sum to what spans tell. It still has to be closed.
         """
         self._inbox.append((self._core.forgo, (key,)))
 

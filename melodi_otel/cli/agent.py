@@ -194,8 +194,9 @@ class _Settings:
 
 
 def _real() -> Factory:
-    from melodi_otel.hub_process import HubProcess
+    from melodi_otel.hub_process import HubProcess, calm_collector
 
+    calm_collector()
     return HubProcess
 
 

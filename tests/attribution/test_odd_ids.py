@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from melodi_otel.attribution.core import NESTED
+from melodi_otel.attribution.activity import NESTED
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import EngineId, Key, Prefill
 from melodi_otel.devices import Device

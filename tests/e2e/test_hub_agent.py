@@ -171,6 +171,7 @@ def test_an_agent_that_cannot_see_the_process(hub_place: Any, package: Any, sock
     assert usable(rows) == pytest.approx(book["settled"], rel=1e-9)
     assert book["counted"] == pytest.approx(book["measured"], rel=1e-9)
     assert usable(rows) > 0
+    assert "process" not in {row["method"] for row in rows}
 
 
 def test_an_agent_appears(hub_place: Any, package: Any, receiver: OtlpReceiver, unshare: str) -> None:

@@ -39,7 +39,7 @@ def test_it_repeats(fuzzer):
 
 def test_it_notices(fuzzer, monkeypatch):
     """With a hub that lets requests nest in circles it fails, and names the case."""
-    monkeypatch.setattr("melodi_otel.attribution.core._may_hold", lambda outer, inner: True)
+    monkeypatch.setattr("melodi_otel.attribution.core.may_hold", lambda outer, inner: True)
     with pytest.raises((AssertionError, RecursionError)) as caught:
         fuzzer.run(seed=1, cases=50)
     assert "--seed" in caught.value.__notes__[0]
