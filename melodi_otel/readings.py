@@ -93,6 +93,10 @@ class Readings:
         self._watts.pop(device_id, None)
         self._ledger.gone(device_id, t_ns)
 
+    def busy(self, device_id: str, t_ns: int) -> None:
+        """Somebody computes on a GPU: what it draws now is not its idle power."""
+        self._ledger.busy(device_id, t_ns)
+
     def round_done(self, t_ns: int, moved: bool) -> None:
         """Readings up to now are in the ledger's inbox."""
         self._moved()

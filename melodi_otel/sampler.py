@@ -48,6 +48,8 @@ log = logging.getLogger("melodi_otel")
 
 _WORKING: Final = 0.9
 """Part of a read that its thread must have run: below, it was the host that was busy and not the driver."""
+BUSY: Final = 0.1
+"""A GPU that is used more than that while no request is open does not show its idle power; a desktop draws with less."""
 AFTERGLOW_NS: Final = 2 * NS_PER_S
 """Full rate goes on this long after the last close: tail power and the last request's border need it."""
 
@@ -268,13 +270,13 @@ class Sampler:
             return False
         cpu = self._read_cpu() if track.cpu_ids else None
         track.failures = 0
+        self._look_at_states(track, start_ns)  # before its readings: whether they show idle power
         self._recall(track, start_ns)
         moved = self._commit(track, start_ns, spent_ns, counters, watts)
         t_ns = max((reading.t_ns for reading in (*counters, *watts)), default=start_ns)
         if cpu is not None:
             self._sink.cpu(t_ns, [device for device in track.cpu_ids if device not in track.gone], *cpu)
             self._own_energy(track, counters, cpu[1])
-        self._look_at_states(track, start_ns)
         spent_s = (self._clock.monotonic_ns() - start_ns) / NS_PER_S
         self._rounds += 1
         self._seconds += spent_s
@@ -399,13 +401,19 @@ class Sampler:
             self._joules = (self._joules or 0.0) + used_j * share
 
     def _look_at_states(self, track: Track, now_ns: int) -> None:
-        if track.state is None or not self._active(now_ns) or now_ns - track.states_ns < NS_PER_S:
+        if track.state is None or now_ns - track.states_ns < NS_PER_S:
             return
         track.states_ns = now_ns
         try:
-            self._states |= {state.device: state for state in track.state.states()}
+            states = track.state.states()
         except Exception:
             self._once(f"{track.source.name} states", f"{track.source.name}: utilisation cannot be read", exc_info=True)
+            return
+        self._states |= {state.device: state for state in states}
+        busy = getattr(self._sink, "busy", None)
+        for state in states:
+            if busy is not None and state.utilization is not None and state.utilization > BUSY:
+                busy(state.device, now_ns)
 
     def _active(self, now_ns: int) -> bool:
         return self._open > 0 or now_ns - self._closed_ns < AFTERGLOW_NS

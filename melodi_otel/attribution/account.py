@@ -38,6 +38,7 @@ class Account:
         self.baseline = Baseline(device.idle_watts)
         self.closed_until: int | None = None
         self.last_work_ns: int | None = None
+        self.busy_ns: int | None = None  # when a GPU was last seen at work, for whomever
         self.gone = False
         self.learn_from_ns: int | None = None
         self.lost: list[Interval] = []
@@ -182,8 +183,9 @@ class Account:
             return
         if self.learn_from_ns is not None and interval.t0_ns < self.learn_from_ns:
             return
-        if self.last_work_ns is not None and interval.t0_ns - self.last_work_ns < QUIET_S * 1e9:
-            return
+        for ended_ns in (self.last_work_ns, self.busy_ns):
+            if ended_ns is not None and interval.t0_ns - ended_ns < QUIET_S * 1e9:
+                return
         cores = self.cpu.busy_cores(interval.t0_ns, interval.t1_ns)
         if cores is None and self.cpu.told:
             return  # somebody read the CPU's time, and not of this interval: it may have been a busy one

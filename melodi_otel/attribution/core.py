@@ -115,6 +115,11 @@ class Core:
         for account in self.accounts.values():
             account.cpu.end(engine)
 
+    def busy(self, device: str, t_ns: int) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.busy_ns = t_ns
+
     def foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
         account = self._account(device)
         if account is not None:

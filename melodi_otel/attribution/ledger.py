@@ -151,6 +151,10 @@ class Ledger:
         """The processes of this series are gone: it counts up to its last reading, and is waited for no more."""
         self._inbox.append((self._core.cpu_gone, (engine,)))
 
+    def busy(self, device: str, t_ns: int) -> None:
+        """Whoever it is, somebody computes on the device at ``t_ns``: what it draws there teaches no idle power."""
+        self._inbox.append((self._core.busy, (device, t_ns)))
+
     def foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
         """From ``t_ns`` on other processes use ``share`` (0..1) of the device's dynamic energy.
 

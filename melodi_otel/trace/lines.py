@@ -153,6 +153,13 @@ class ForeignLine(msgspec.Struct, tag="foreign", tag_field="kind", omit_defaults
     others: bool | None = False
 
 
+class BusyLine(msgspec.Struct, tag="busy", tag_field="kind", omit_defaults=True):
+    """Somebody computes on a GPU at ``t``: what it draws teaches no idle power."""
+
+    t: float
+    device: str
+
+
 class UnseenLine(msgspec.Struct, tag="unseen", tag_field="kind", omit_defaults=True):
     """From ``t`` on, ``change`` more pieces of work run (or fewer) that are reported when they are over."""
 
@@ -171,6 +178,7 @@ Line = (
     | CloseLine
     | CpuLine
     | ForeignLine
+    | BusyLine
     | UnseenLine
 )
 
@@ -185,6 +193,7 @@ KINDS: Final[dict[str, type[msgspec.Struct]]] = {
     "close": CloseLine,
     "cpu": CpuLine,
     "foreign": ForeignLine,
+    "busy": BusyLine,
     "unseen": UnseenLine,
 }
 KNOWN_KEYS: Final = {kind: frozenset(("kind", *struct.__struct_fields__)) for kind, struct in KINDS.items()}

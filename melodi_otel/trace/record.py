@@ -57,6 +57,7 @@ class Recorder:
             "gauge": self._gauge,
             "cpu": self._cpu,
             "foreign": self._foreign,
+            "busy": self._busy,
             "engine": self._engine,
             "open": self._open,
             "work_unseen": self._unseen,
@@ -155,6 +156,9 @@ class Recorder:
     def _cpu(self, device: str, engine: EngineId | None, t_ns: int, busy_s: float, host_busy_s: float) -> None:
         name = None if engine is None else engine_name(engine)
         self._line(form.CpuLine(seconds(t_ns), device, busy_s, host_busy_s, name))
+
+    def _busy(self, device: str, t_ns: int) -> None:
+        self._line(form.BusyLine(seconds(t_ns), device))
 
     def _foreign(self, device: str, t_ns: int, share: float, others: bool | None = False) -> None:
         self._line(form.ForeignLine(seconds(t_ns), device, share, others))

@@ -146,6 +146,8 @@ class Replay:
                 self._ledger.cpu(line.device, engine, self._now(line.t), line.busy_s, line.host_busy_s)
             case form.ForeignLine():
                 self._ledger.foreign(line.device, self._now(line.t), line.share, line.others)
+            case form.BusyLine():
+                self._ledger.busy(line.device, self._now(line.t))
             case form.UnseenLine():
                 self._ledger.unseen(self._now(line.t), line.change)
             case form.DeviceLine():

@@ -157,3 +157,24 @@ def test_opened_twice_is_once(caplog: pytest.LogCaptureFixture) -> None:
     again = made.close(Key("g", "a"), S, 1, "stop")
     made.settle(S)
     assert again.result(0) == []
+
+
+def test_a_neighbour_is_no_idle_power() -> None:
+    """What a GPU draws while somebody else computes on it, and no request is open, is not learnt as its idle power."""
+    for busy, watts in ((True, 50.0), (False, 500.0)):
+        made = Ledger(patience_s=None)
+        made.device(Device("GPU-0", "gpu"))
+        joules = 0.0
+        for second in range(30):
+            there = second >= 10
+            if there and busy:
+                made.busy("GPU-0", second * S)
+            made.counter("GPU-0", second * S, joules)
+            joules += 500.0 if there else 50.0
+            made.settle(second * S)
+        made.open(Key("g", "a"), 30 * S, engine=ENGINE, devices=("GPU-0",))
+        made.counter("GPU-0", 30 * S, joules)
+        future = made.close(Key("g", "a"), 31 * S, 1, "stop")
+        made.counter("GPU-0", 31 * S, joules + 600.0)
+        made.settle(31 * S)
+        assert future.result(0)[0].static == pytest.approx(watts)

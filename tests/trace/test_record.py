@@ -105,3 +105,29 @@ def test_late_work_is_replayed(tmp_path: Path) -> None:
     replayed = [line for line in Replay().run(path.read_bytes().splitlines()) if line["kind"] == "share"]
     assert share.joules == pytest.approx(75.0)
     assert [line["joules"] for line in replayed] == [pytest.approx(share.joules, rel=1e-9)]
+
+
+def test_a_busy_gpu_is_replayed(tmp_path: Path) -> None:
+    """What taught no idle power when it was recorded teaches none in the replay."""
+    path = tmp_path / "busy.jsonl"
+    recorder = Recorder(path)
+    ledger = Ledger(patience_s=None, tap=recorder.tap)
+    ledger.device(Device("D", "gpu"))
+    joules = 0.0
+    for second in range(20):
+        if second >= 10:
+            ledger.busy("D", second * S)
+        ledger.counter("D", second * S, joules)
+        ledger.settle(second * S)
+        joules += 500.0 if second >= 10 else 50.0
+    ledger.open(Key("g", "a"), 20 * S, devices=("D",))
+    ledger.counter("D", 20 * S, joules)
+    future = ledger.close(Key("g", "a"), 21 * S, None, "stop")
+    ledger.counter("D", 21 * S, joules + 600.0)
+    ledger.settle(21 * S)
+    ledger.flush(21 * S)
+    recorder.close()
+    (share,) = future.result(0)
+    assert share.static == pytest.approx(50.0)
+    replayed = [line for line in Replay().run(path.read_bytes().splitlines()) if line["kind"] == "share"]
+    assert [line["static"] for line in replayed] == [pytest.approx(50.0)]
