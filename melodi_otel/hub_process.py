@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -35,6 +35,7 @@ from melodi_otel.hub import wire
 from melodi_otel.hub.journal import Journal
 from melodi_otel.hub.server import Host, Server
 from melodi_otel.hub.session import Session
+from melodi_otel.hub.settings import RELOADABLE
 from melodi_otel.hub.sockets import listen, peer
 from melodi_otel.publishing import Publisher
 from melodi_otel.sources.discovery import gpus_of
@@ -165,11 +166,15 @@ class HubProcess:
         """Take over what may change while it runs; what changed, in words."""
         before = self.config
         changed = [
-            name
-            for name in ("carbon_intensity", "pue", "energy_price", "energy_budget")
-            if getattr(before, name) != getattr(config, name)
+            field.name
+            for field in fields(Config)
+            if field.name in RELOADABLE and getattr(before, field.name) != getattr(config, field.name)
         ]
         self.config = replace(before, **{name: getattr(config, name) for name in changed})
+        if "idle_watts" in changed:
+            self.station.idle(dict(before.idle_watts), dict(config.idle_watts))
+        if "label_limit" in changed:
+            self._whose.metric.bound(config.label_limit)
         said = [f"{name} = {getattr(config, name)}" for name in changed]
         guarded = self._guard.tls is not None or self._guard.passwords is not None
         if guarded and self._endpoint is not None and self._endpoint.reload():

@@ -254,6 +254,13 @@ class Station:
             self._settler = threading.Thread(target=self._settle, name="melodi-otel-settle", daemon=True)
             self._settler.start()
 
+    def idle(self, before: Mapping[str, float], given: Mapping[str, float]) -> None:
+        """Other idle watts by ``hw.id`` are given than before; those that are given no longer are learnt."""
+        for name in self._found:
+            if before.get(name) != given.get(name):
+                self._found[name] = replace(self._found[name], idle_watts=given.get(name))
+                self.ledger.idle(name, given.get(name))
+
     def nudge(self) -> None:
         """Settle now."""
         (self._elsewhere or self._moved.set)()

@@ -10,6 +10,7 @@ from melodi_otel.attribution import views
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Accrual, Activity, ask, may_hold
 from melodi_otel.attribution.arrivals import Arrivals
+from melodi_otel.attribution.baseline import Baseline
 from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
@@ -81,6 +82,11 @@ class Core:
             if before is not None:
                 account.restore(before.state(0.0))
             self.changed = True
+
+    def idle(self, device: str, watts: float | None) -> None:
+        account = self._account(device)
+        if account is not None:
+            account.baseline = Baseline(watts)
 
     def slice_of(self, part: str, device: str) -> None:
         self.slices[part] = device

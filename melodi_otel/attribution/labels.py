@@ -147,6 +147,10 @@ class MetricLabels:
         """(name, value) pairs for metrics; a request without a label has none."""
         return tuple((name, self._shown(name, labels[name])) for name in self._names if name in labels)
 
+    def bound(self, limit: int) -> None:
+        """From now on ``limit`` values per label; values that are shown already stay."""
+        self._limit = limit
+
     def forked(self) -> None:
         """In a forked child: the lock may be held by a thread that is not here."""
         self._lock = threading.Lock()

@@ -123,6 +123,10 @@ class Ledger:
         """
         self._inbox.append((self._core.slice_of, (part, device)))
 
+    def idle(self, device: str, watts: float | None) -> None:
+        """The idle power of a device is given as ``watts`` from the next interval on; None: it is learnt anew."""
+        self._inbox.append((self._core.idle, (device, watts)))
+
     def counter(
         self, device: str, t_ns: int, joules: float, range_j: float | None = None, *, shaped: bool = False
     ) -> None:

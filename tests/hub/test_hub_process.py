@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import urllib.request
 from dataclasses import replace
 
@@ -160,6 +161,21 @@ def test_a_reload_changes_what_is_published(build):
     assert said == ["carbon_intensity = None", "pue = 1.5", "energy_price = 0.3"]
     assert settings_on(hub) == {"melodi_energy_pue": 1.5, "melodi_energy_price": 0.3}
     assert hub.reload(hub.config) == []
+
+
+def test_a_reload_takes_over_all_that_it_may(build):
+    """Every reloadable setting is taken over and told: idle power reaches the books, the limit the labels of metrics."""
+    hub = build(metric_labels=("tenant",), labels="tenant=baggage:tenant", label_limit=1)
+    (device,) = hub.station.devices
+    said = hub.reload(replace(hub.config, idle_watts=((device, 7.0),), label_limit=2))
+    assert said == [f"idle_watts = (({device!r}, 7.0),)", "label_limit = 2"]
+    ledger = hub.station.ledger
+    ledger.settle(time.monotonic_ns())
+    state = ledger.state(time.monotonic_ns())
+    assert [known.idle_watts for known in state.devices] == [7.0]
+    assert hub.station.devices[device].idle_watts == 7.0
+    shown = [hub._whose.metric.clip({"tenant": name}) for name in ("a", "b", "c")]
+    assert shown == [(("tenant", "a"),), (("tenant", "b"),), (("tenant", "other"),)]
 
 
 def test_status_is_the_same_wherever_it_is_asked(build, member, place):
