@@ -43,9 +43,6 @@ Who we are, see :mod:`melodi_otel.host_pids`. The rules, in this order:
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, runtime_checkable
@@ -56,6 +53,7 @@ from melodi_otel.errors import Gone, Refused
 from melodi_otel.host_pids import HostPids
 from melodi_otel.sources.nvml_processes import GpuProcesses, ProcessLoad
 from melodi_otel.units import NS_PER_S
+from melodi_otel.worker import Worker
 
 __all__ = ["AFTER_NS", "MEMORY_NS", "PERIOD_NS", "Neighbours", "ProcessSource"]
 
@@ -174,13 +172,12 @@ class Neighbours:
         self._family_ns: int | None = None
         self._seen_us = False
         self._said: set[str] = set()
-        self._after_fork()
-        _all.add(self)
+        self._worker = Worker("melodi-otel-neighbours", self._run)
 
     @property
     def running(self) -> bool:
         """Whether the thread of this process is alive."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._worker.running
 
     @property
     def useful(self) -> bool:
@@ -189,22 +186,11 @@ class Neighbours:
 
     def start(self) -> None:
         """Start the thread; a second call does nothing. Works again after :meth:`stop` and in a forked child."""
-        with self._lock:
-            if self.running:
-                return
-            _follow_forks()
-            self._stopping = False
-            self._event.clear()
-            self._thread = threading.Thread(target=self._run, name="melodi-otel-neighbours", daemon=True)
-            self._thread.start()
+        self._worker.start()
 
     def stop(self, timeout: float = 2.0) -> None:
         """End the thread; waits at most ``timeout`` seconds (a call to the driver may hang)."""
-        thread = self._thread
-        self._stopping = True
-        self._event.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        self._worker.stop(timeout)
 
     def activity(self, open_count: int, t_ns: int) -> None:
         """``open_count`` requests are open as of ``t_ns``, as the sampler is told. Cheap; callable from any thread."""
@@ -219,7 +205,7 @@ class Neighbours:
             if t_ns - self._closed_ns >= 2 * self._period_ns:
                 self._worked_ns = 0  # too long ago for any sample that will be asked for
         if was == 0 < open_count and t_ns >= self._due_ns:
-            self._event.set()
+            self._worker.event.set()
 
     def tick(self) -> float | None:
         """Look, if it is time and somebody is at work; seconds until the next time, None: not before work. Never raises."""
@@ -237,8 +223,8 @@ class Neighbours:
         return max(0, self._due_ns - self._clock.monotonic_ns()) / NS_PER_S
 
     def _run(self) -> None:
-        event = self._event
-        while not self._stopping:
+        event = self._worker.event
+        while not self._worker.stopping:
             if self._clock.wait(event, self.tick()):
                 event.clear()
 
@@ -399,28 +385,6 @@ class Neighbours:
             self._said.add(kind)
             log.log(level, "%s (said once)", text, exc_info=exc_info)
 
-    def _after_fork(self) -> None:
-        # The child has no such thread, and its copies of lock and event may be held by one that is not there.
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._event = threading.Event()
-        self._stopping = False
-
 
 def _everybody(lists: Iterable[GpuProcesses]) -> frozenset[int]:
     return frozenset(pid for found in lists for pid in found.pids | (found.elsewhere or frozenset()))
-
-
-_all: weakref.WeakSet[Neighbours] = weakref.WeakSet()
-_following: list[bool] = []
-
-
-def _follow_forks() -> None:
-    if not _following and hasattr(os, "register_at_fork"):
-        _following.append(True)
-        os.register_at_fork(after_in_child=_forked)
-
-
-def _forked() -> None:
-    for neighbours in list(_all):
-        neighbours._after_fork()  # pyright: ignore[reportPrivateUsage]

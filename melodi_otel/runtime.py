@@ -24,6 +24,7 @@ from melodi_otel.attribution.record import Observer
 from melodi_otel.clock import Clock, SystemClock
 from melodi_otel.config import GROUP_VARIABLE, Config, new_group
 from melodi_otel.devices import Device
+from melodi_otel.forks import in_child
 from melodi_otel.hub import wire
 from melodi_otel.hub.choice import Choice
 from melodi_otel.hub.client import HubClient, Onwards
@@ -42,7 +43,6 @@ from melodi_otel.status import ModelTotals
 from melodi_otel.telemetry.deferral import Deferral
 from melodi_otel.telemetry.detector import host_resource
 from melodi_otel.telemetry.foreign import ForeignSpans
-from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views

@@ -23,10 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -43,6 +40,7 @@ from melodi_otel.sources.base import (
 )
 from melodi_otel.units import NS_PER_S, ns
 from melodi_otel.wall_time import WallTime
+from melodi_otel.worker import Worker
 
 log = logging.getLogger("melodi_otel")
 
@@ -156,13 +154,12 @@ class Sampler:
         self._self_before: tuple[float, float, float] | None = None
         self._states: dict[str, GpuState] = {}
         self._said: set[str] = set()
-        self._after_fork()
-        _samplers.add(self)
+        self._worker = Worker("melodi-otel-sampler", self._run)
 
     @property
     def running(self) -> bool:
         """Whether the thread of this process is alive."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._worker.running
 
     @property
     def cost(self) -> Cost:
@@ -182,28 +179,18 @@ class Sampler:
 
     def start(self) -> None:
         """Start the thread; a second call does nothing. Works again after :meth:`stop` and in a forked child."""
-        with self._lock:
-            if self.running:
-                return
-            _follow_forks()
-            self._stopping = False
+        if not self.running:
             self._urgent = True
-            self._event.clear()
-            self._thread = threading.Thread(target=self._run, name="melodi-otel-sampler", daemon=True)
-            self._thread.start()
+            self._worker.start()
 
     def stop(self, timeout: float = 2.0) -> None:
         """Read everything once more and end the thread; waits at most ``timeout`` seconds."""
-        thread = self._thread
-        self._stopping = True
-        self._event.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        self._worker.stop(timeout)
 
     def wake(self) -> None:
         """Read at once: somebody begins to work. Cheap and without waiting; callable from any thread."""
         self._urgent = True
-        self._event.set()
+        self._worker.event.set()
 
     def activity(self, open_count: int, t_ns: int) -> None:
         """``open_count`` requests are open as of ``t_ns``. Wakes the thread where it is the first; callable from any thread."""
@@ -244,8 +231,8 @@ class Sampler:
             return 1.0
 
     def _run(self) -> None:
-        event = self._event
-        while not self._stopping:
+        event = self._worker.event
+        while not self._worker.stopping:
             if self._clock.wait(event, max(self.tick(), 0.0005)):
                 event.clear()
         self._urgent = True
@@ -448,25 +435,3 @@ class Sampler:
         if kind not in self._said:
             self._said.add(kind)
             log.warning("%s (said once)", text, exc_info=exc_info)
-
-    def _after_fork(self) -> None:
-        # The child has no such thread, and its copies of lock and event may be held by one that is not there.
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._event = threading.Event()
-        self._stopping = False
-
-
-_samplers: weakref.WeakSet[Sampler] = weakref.WeakSet()
-_following: list[bool] = []
-
-
-def _follow_forks() -> None:
-    if not _following and hasattr(os, "register_at_fork"):
-        _following.append(True)
-        os.register_at_fork(after_in_child=_forked)
-
-
-def _forked() -> None:
-    for sampler in list(_samplers):
-        sampler._after_fork()  # pyright: ignore[reportPrivateUsage]

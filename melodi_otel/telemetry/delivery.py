@@ -11,8 +11,8 @@ from typing import Final
 from melodi_otel.attribution.meter import Share
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.attribution.summary import Energy
+from melodi_otel.forks import in_child
 from melodi_otel.telemetry.complaints import Complaints
-from melodi_otel.telemetry.forks import in_child
 
 
 class Delivery:

@@ -15,8 +15,8 @@ from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetr
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
+from melodi_otel.forks import in_child
 from melodi_otel.telemetry import sdk
-from melodi_otel.telemetry.forks import in_child
 
 log = logging.getLogger("melodi_otel")
 

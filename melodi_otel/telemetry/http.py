@@ -23,8 +23,8 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from melodi_otel.config import SERVER_VARIABLE
+from melodi_otel.forks import in_child
 from melodi_otel.telemetry.complaints import Complaints
-from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.guard import Guard
 from melodi_otel.telemetry.pages import Handler, Site
 

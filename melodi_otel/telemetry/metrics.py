@@ -21,12 +21,12 @@ from melodi_otel import semconv_metrics as metrics
 from melodi_otel.attribution.books import BUCKETS, Snapshot, Who
 from melodi_otel.attribution.record import RequestRecord
 from melodi_otel.devices import Device
+from melodi_otel.forks import in_child
 from melodi_otel.semconv_metrics import Metric
 from melodi_otel.telemetry import sdk
 from melodi_otel.telemetry.books import SteadyBooks
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import SpanCounts
-from melodi_otel.telemetry.forks import in_child
 
 
 @dataclass(frozen=True, slots=True)

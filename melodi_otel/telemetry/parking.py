@@ -22,9 +22,9 @@ from typing import Any, Final, Generic, TypeVar
 
 from melodi_otel.attribution.meter import Reason
 from melodi_otel.attribution.summary import Energy, unavailable
+from melodi_otel.forks import in_child, weakly
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
-from melodi_otel.telemetry.forks import in_child, weakly
 
 log = logging.getLogger("melodi_otel")
 

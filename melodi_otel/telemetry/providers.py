@@ -21,9 +21,9 @@ from opentelemetry.sdk.resources import Resource
 from melodi_otel import __version__
 from melodi_otel import semconv as names
 from melodi_otel.attribution.record import RequestRecord
+from melodi_otel.forks import in_child
 from melodi_otel.telemetry import exporters, sdk
 from melodi_otel.telemetry.complaints import Complaints
-from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.metrics import Instruments, Views
 from melodi_otel.telemetry.scrape import ScrapeReader
 from melodi_otel.telemetry.tracers import SCOPE, of_the_api

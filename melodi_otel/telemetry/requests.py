@@ -24,11 +24,11 @@ from melodi_otel import semconv as names
 from melodi_otel.attribution.meter import Key, Meter, Share, current
 from melodi_otel.attribution.record import Observer, RequestRecord
 from melodi_otel.clock import Clock
+from melodi_otel.forks import in_child
 from melodi_otel.instrumentation.seam import AttributeValue, Begin, End, Origin
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Reports
-from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.late import LateEnds
 from melodi_otel.telemetry.lineage import SCOPE, Lineage, Request
 from melodi_otel.telemetry.origins import here, within

@@ -23,9 +23,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from melodi_otel import __version__
+from melodi_otel.forks import in_child
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral
-from melodi_otel.telemetry.forks import in_child
 from melodi_otel.telemetry.late import LateEnds
 from melodi_otel.telemetry.spans import DeferringProcessor
 from melodi_otel.telemetry.wrapping import Wrapped, processors_of

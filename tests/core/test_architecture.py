@@ -24,6 +24,8 @@ FLOOR = {
     "semconv",
     "semconv_metrics",
     "wall_time",
+    "forks",
+    "worker",
     "phase_lock",
     "__init__",
 }

@@ -563,10 +563,10 @@ def test_a_forked_child_has_no_thread_until_it_starts_one() -> None:
     neighbours = Neighbours([Gpus(ManualClock())], Stepping(), lambda: [US], lambda *_: None, numbers=Numbers())
     neighbours.start()
     try:
-        with neighbours._lock:
+        with neighbours._worker._lock:
             pid = os.fork()
             if pid == 0:
-                good = not neighbours.running and neighbours._lock.acquire(timeout=1)
+                good = not neighbours.running and neighbours._worker._lock.acquire(timeout=1)
                 os._exit(0 if good else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     finally:

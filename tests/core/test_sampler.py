@@ -404,7 +404,7 @@ def test_forked_child_has_no_sampler_until_it_starts_one() -> None:
     """After a fork the child's sampler is not running, its locks are free, and it can be started there."""
     sampler = Sampler([ScriptedSource(SystemClock(), {CPU: 1.0})], Notes(), SystemClock())
     sampler.start()
-    with sampler._lock:
+    with sampler._worker._lock:
         pid = os.fork()
         if pid == 0:
             code = 1
