@@ -14,6 +14,7 @@ from pathlib import Path
 
 from melodi_otel.attribution.evidence import WHOLE
 from melodi_otel.attribution.meter import EngineId
+from melodi_otel.host_pids import parent_of
 from melodi_otel.processes import CpuTimes, ProcessClock
 
 log = logging.getLogger("melodi_otel")
@@ -148,13 +149,10 @@ class GroupClocks:
     def _above(self, pid: int, others: set[int]) -> int | None:
         """The nearest one of ``others`` below which it runs."""
         for _ in range(64):
-            try:
-                stat = (self._root / str(pid) / "stat").read_bytes()
-                pid = int(stat.rpartition(b")")[2].split()[1])
-            except (OSError, IndexError, ValueError):
+            parent = parent_of(self._root / str(pid))
+            if parent is None or parent <= 1:
                 return None
-            if pid <= 1:
-                return None
-            if pid in others:
-                return pid
+            if parent in others:
+                return parent
+            pid = parent
         return None

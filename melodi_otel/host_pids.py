@@ -100,10 +100,9 @@ def family(roots: Iterable[int], own_procfs: str = "/proc") -> frozenset[int]:
     children: dict[int, list[int]] = {}
     root = Path(own_procfs)
     for pid in _processes(root):
-        # The name stands in brackets and may hold any character: what follows the last bracket is state and parent.
-        fields = _text(root / str(pid) / "stat").rpartition(")")[2].split()
-        if len(fields) > 1:
-            children.setdefault(int(fields[1]), []).append(pid)
+        parent = parent_of(root / str(pid))
+        if parent is not None:
+            children.setdefault(parent, []).append(pid)
     found: set[int] = set()
     waiting = list(roots)
     while waiting:
@@ -112,6 +111,13 @@ def family(roots: Iterable[int], own_procfs: str = "/proc") -> frozenset[int]:
             found.add(pid)
             waiting += children.get(pid, ())
     return frozenset(found)
+
+
+def parent_of(process: Path) -> int | None:
+    """The pid of the parent of the process at ``/proc/PID``; None: it is gone."""
+    # The name stands in brackets and may hold any character: what follows the last bracket is state and parent.
+    fields = _text(process / "stat").rpartition(")")[2].split()
+    return int(fields[1]) if len(fields) > 1 and fields[1].isdecimal() else None
 
 
 def _nested(own: Path) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from melodi_otel.errors import MelodiError
+from melodi_otel.mountinfo import mounts_of
 
 __all__ = [
     "AGENT_SOCKET",
@@ -213,11 +214,8 @@ def _kind(path: Path, mounts: Iterable[tuple[str, str]]) -> str:
 
 def _mounts(text: str) -> Iterator[tuple[str, str]]:
     """(mount point, type) of every line."""
-    for line in text.splitlines():
-        before, dash, after = line.partition(" - ")
-        fields = before.split(" ")
-        if dash and len(fields) >= 6:
-            yield _unescaped(fields[4]), after.split(" ")[0]
+    for mount in mounts_of(text):
+        yield _unescaped(mount.point), mount.kind
 
 
 def _unescaped(point: str) -> str:

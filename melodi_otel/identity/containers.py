@@ -14,6 +14,7 @@ from typing import Final
 
 from melodi_otel import semconv as names
 from melodi_otel.identity.facts import Facts, Places, read
+from melodi_otel.mountinfo import Mount, mounts_of
 
 _PATHS: Final = 65_536
 _MOUNTS: Final = 262_144
@@ -30,15 +31,6 @@ _PODMAN_FIELD: Final = re.compile(r'^(name|id)="([^"\n]+)"$', re.MULTILINE)
 _SYSTEM_CONTAINERS: Final = frozenset({"lxc", "lxc-libvirt", "systemd-nspawn", "openvz"})
 _LXC: Final = re.compile(r"^/lxc(?:\.payload[^/]*|/[^/]+)")
 _MARKS: Final = (".dockerenv", "run/.containerenv", ".singularity.d")
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of mountinfo: what of its filesystem is mounted, where, and the filesystem's type."""
-
-    root: str
-    point: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,7 @@ def surroundings(places: Places, environ: Mapping[str, str]) -> Surroundings:
     """Look around, once."""
     own = Path(places.own_procfs, "self")
     groups = _groups(read(own / "cgroup", _PATHS))
-    mounts = _mounts(read(own / "mountinfo", _MOUNTS))
+    mounts = tuple(mounts_of(read(own / "mountinfo", _MOUNTS)))
     # What a group's filesystem shows of itself says more than the path where the path is cut off.
     groups = (*groups, *(mount.root for mount in mounts if mount.kind in ("cgroup", "cgroup2") and mount.root != "/"))
     kubernetes = (
@@ -106,13 +98,3 @@ def _id_of(groups: tuple[str, ...]) -> str | None:
 def _groups(text: str) -> tuple[str, ...]:
     paths = (line.split(":", 2)[2] for line in text.splitlines() if line.count(":") >= 2)
     return tuple(dict.fromkeys(path for path in paths if path not in ("", "/")))
-
-
-def _mounts(text: str) -> tuple[Mount, ...]:
-    found: list[Mount] = []
-    for line in text.splitlines():
-        before, dash, after = line.partition(" - ")
-        fields = before.split(" ")
-        if dash and len(fields) >= 6:
-            found.append(Mount(fields[3], fields[4], after.split(" ")[0]))
-    return tuple(found)

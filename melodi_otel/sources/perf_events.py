@@ -28,6 +28,7 @@ from typing import Final, Protocol
 
 from melodi_otel.errors import Refused
 from melodi_otel.sources.base import Settings
+from melodi_otel.sources.powercap import text_of
 from melodi_otel.sources.procstat import cpu_fact
 
 __all__ = ["Cpu", "LinuxPerf", "PerfApi", "PerfEvent", "Pmu", "find_pmu", "paranoid_level"]
@@ -151,10 +152,10 @@ def find_pmu(settings: Settings, platform: str) -> Pmu:
     if not platform.startswith("linux"):
         raise Refused(f"perf events are Linux'; this is {platform}", state="unsupported_platform")
     roots = (sysfs / "bus/event_source/devices/power", sysfs / "devices/power")
-    root = next((path for path in roots if _text(path / "type") is not None), None)
+    root = next((path for path in roots if text_of(path / "type") is not None), None)
     if root is None:
         raise Refused("the kernel shows no RAPL through perf events (no power PMU)", state="absent")
-    kind, mask = _text(root / "type") or "", _numbers(_text(root / "cpumask") or "")
+    kind, mask = text_of(root / "type") or "", _numbers(text_of(root / "cpumask") or "")
     events = {
         name: event
         for name in ("energy-pkg", "energy-ram", "energy-psys", "energy-cores", "energy-gpu")
@@ -178,7 +179,7 @@ def find_pmu(settings: Settings, platform: str) -> Pmu:
 
 def paranoid_level(procfs: str) -> int | None:
     """``kernel.perf_event_paranoid``; None: not told."""
-    text = _text(Path(procfs) / "sys/kernel/perf_event_paranoid")
+    text = text_of(Path(procfs) / "sys/kernel/perf_event_paranoid")
     try:
         return None if text is None else int(text)
     except ValueError:
@@ -186,8 +187,8 @@ def paranoid_level(procfs: str) -> int | None:
 
 
 def _event(path: Path) -> PerfEvent | None:
-    match = _EVENT.search(_text(path) or "")
-    scale, unit = _text(path.with_name(path.name + ".scale")), _text(path.with_name(path.name + ".unit"))
+    match = _EVENT.search(text_of(path) or "")
+    scale, unit = text_of(path.with_name(path.name + ".scale")), text_of(path.with_name(path.name + ".unit"))
     if match is None or scale is None or unit != "Joules":
         return None
     try:
@@ -218,12 +219,5 @@ def _numbers(mask: str) -> list[int]:
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path)
+    text = text_of(path)
     return int(text) if text is not None and text.isdigit() else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip() or None
-    except OSError:
-        return None

@@ -55,7 +55,7 @@ def find_zones(settings: Settings, platform: str) -> list[Zone]:
         Refused: there is none; the reason says whether that is the platform, a container, a virtual machine or a module.
     """
     directories = _directories(Path(settings.sysfs))
-    names = {path.name: _text(path / "name") for path in directories.values()}
+    names = {path.name: text_of(path / "name") for path in directories.values()}
     chosen: list[Zone] = []
     owners: dict[str, str] = {}
     seen: dict[tuple[str, str], str] = {}
@@ -146,7 +146,7 @@ def _zone(path: Path, names: Mapping[str, str | None]) -> Zone | None:
     else:
         return None  # core, uncore and whatever else lies inside a package
     package = (names.get(parent) if parent else None) or name
-    limit = _text(path / "max_energy_range_uj")
+    limit = text_of(path / "max_energy_range_uj")
     range_j = microjoules(int(limit)) if limit is not None and limit.isdigit() and int(limit) > 0 else None
     return Zone(path.name, name, kind, package, parent, str(path / "energy_uj"), range_j)
 
@@ -158,7 +158,8 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """A file of sysfs or procfs without blanks around; None: it is empty or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip() or None
     except OSError:
@@ -208,7 +209,7 @@ def _absent(settings: Settings, platform: str) -> Refused:
 
 def is_wsl(procfs: str) -> bool:
     """Whether the kernel is Microsoft's, as in WSL 1 and 2."""
-    return "microsoft" in (_text(Path(procfs) / "sys/kernel/osrelease") or "").lower()
+    return "microsoft" in (text_of(Path(procfs) / "sys/kernel/osrelease") or "").lower()
 
 
 def _elsewhere(platform: str) -> Refused:
