@@ -126,10 +126,7 @@ class MovingMeter:
 
     def seek(self) -> None:
         """Look for a higher hub as if a request had opened: for a process whose children have them and it has none."""
-        t_ns = self._now_ns()
-        if t_ns - self._looked_ns > LOOK_S * 1e9:
-            self._looked_ns = t_ns
-            self._looking = True
+        self._want_look(self._now_ns())
 
     def look(self) -> None:
         """Look for a higher hub, at most once in :data:`LOOK_S` seconds, where an open has asked for it.
@@ -246,9 +243,7 @@ class MovingMeter:
             self._kept[key] = Kept(key, t_ns, told, target, key)
             here: dict[str, Any] = {**told, "parent": self._named(parent)}
             target.open(key, t_ns, **here)
-        if t_ns - self._looked_ns > LOOK_S * 1e9:
-            self._looked_ns = t_ns
-            self._looking = True
+        self._want_look(t_ns)
 
     def unseen(self, t_ns: int, change: int) -> None:
         """See :meth:`melodi_otel.attribution.ledger.Ledger.unseen`."""
@@ -366,6 +361,11 @@ class MovingMeter:
                 cached_tokens=cached_tokens,
             )
         return last if not kept.parts else summed(key, [*kept.parts, last])
+
+    def _want_look(self, t_ns: int) -> None:
+        if t_ns - self._looked_ns > LOOK_S * 1e9:
+            self._looked_ns = t_ns
+            self._looking = True
 
     # --- moving -------------------------------------------------------------------------------------------------------
 

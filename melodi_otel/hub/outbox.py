@@ -207,9 +207,8 @@ class Outbox:
         if self._batch is not None and threading.get_ident() == self._ident:
             self._batch.append(told)
             return
-        before = (
-            self._newest.pop(request, None) if self._newest else None
-        )  # older counts must not come after newer ones
+        # Older counts must not come after newer ones.
+        before = self._newest.pop(request, None) if self._newest else None
         if before is not None:
             told = _newer(before, told)
         if self._room(1):
