@@ -29,6 +29,8 @@ from melodi_otel.telemetry.deferral import Deferral, Entry
 log = logging.getLogger("melodi_otel")
 
 Item = TypeVar("Item")
+_OVERSLEPT_NS: Final = 50_000_000
+"""A thread that wakes so much later than it meant to was kept from running, and so was the one that reads the meter."""
 _REASONS: Final[dict[str, Reason]] = {"late": "late", "flush": "late", "overflow": "overflow", "shutdown": "shutdown"}
 
 
@@ -38,6 +40,7 @@ class _Waiting:
     entry: Entry
     deadline_ns: int
     cause: str = "late"
+    longer: bool = False
 
 
 class Parking(Generic[Item]):
@@ -129,6 +132,25 @@ class Parking(Generic[Item]):
             due = next(iter(self._parked)).deadline_ns
         return max(0.0, (due - self._deferral.clock.monotonic_ns()) / 1e9)
 
+    def overslept(self, due_ns: int) -> None:
+        """Let what waits wait for half its bound more, once, where the whole program has stood still.
+
+        A collection of a big heap, a stopped process or a suspended machine keeps everything from running, the reading of
+        the meter too: whoever gave up on waking would do so a moment before the joules come.
+
+        Args:
+            due_ns: when :meth:`pump` was to be called, on the deferral's clock; long past is a sign of such a stop.
+        """
+        now_ns = self._deferral.clock.monotonic_ns()
+        if now_ns - due_ns < _OVERSLEPT_NS:
+            return
+        until_ns = now_ns + round(self._deferral.wait_s() / 2 * 1e9)
+        with self._lock:
+            for waiting in self._parked:
+                if not waiting.longer and waiting.deadline_ns < until_ns:
+                    waiting.longer = True
+                    waiting.deadline_ns = until_ns
+
     def drain(self, cause: str, end: float) -> bool:
         """Wait for what is parked, at most the bound of a span, and deliver it with or without joules.
 
@@ -183,6 +205,7 @@ class Parking(Generic[Item]):
             except Exception as error:
                 self._complain("pump", error)
                 wait_s = 1.0
+            due_ns = None if wait_s is None else self._deferral.clock.monotonic_ns() + round(wait_s * 1e9)
             if self.closed and wait_s is None:
                 return
             try:
@@ -191,6 +214,8 @@ class Parking(Generic[Item]):
                     signal.get_nowait()
             except queue.Empty:
                 pass
+            if due_ns is not None:
+                self.overslept(due_ns)
 
     def _make_ready(self, waiting: _Waiting, cause: str) -> None:
         with self._lock:

@@ -17,8 +17,11 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from melodi_otel.attribution.meter import Share
 from melodi_otel.attribution.summary import unavailable
 from melodi_otel.clock import SystemClock
+from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry, energy_attributes
+from melodi_otel.telemetry.parking import Parking
 from melodi_otel.telemetry.spans import DeferringProcessor, enriched
+from melodi_otel.testing.clock import ManualClock
 from melodi_otel.testing.telemetry import CapturedSpans
 
 
@@ -78,6 +81,31 @@ def test_late(rig: Any, kit: Any) -> None:
     rig.processor.pump()
     assert len(rig.captured.ended) == 1
     assert rig.deferral.counts().settled["late"] == 1
+
+
+@pytest.mark.parametrize(("slept", "more"), [(0.04, []), (0.6, [1.0]), (30.0, [1.0])])
+def test_a_program_that_stood_still(kit: Any, slept: float, more: list[float]) -> None:
+    """After a stop of everything a span waits for half its bound more, once; a thread merely a bit late is no stop."""
+    delivered: list[str] = []
+    clock = ManualClock()
+    parking: Parking[str] = Parking(
+        Deferral(clock, wait_s=lambda: 2.0),
+        lambda item, _, energy: delivered.append(f"{item} {energy.reason}"),
+        Complaints("test"),
+        threaded=False,
+    )
+    parking.park("span", Entry(Future()))
+    found: list[float] = []
+    wait_s: float | None = 2.0
+    while wait_s:
+        due_ns = clock.monotonic_ns() + round(wait_s * 1e9)
+        clock.advance(wait_s + slept)
+        parking.overslept(due_ns)
+        wait_s = parking.pump()
+        found += [] if wait_s is None else [wait_s]
+    assert found == more
+    assert delivered == ["span late"]
+    parking.release()
 
 
 def test_overflow(kit: Any) -> None:
@@ -319,6 +347,7 @@ import os, sys, time
 from concurrent.futures import Future
 from opentelemetry.sdk.trace import TracerProvider
 from melodi_otel.clock import SystemClock
+from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.spans import DeferringProcessor
 from melodi_otel.testing.telemetry import CapturedSpans
@@ -373,6 +402,7 @@ from concurrent.futures import Future
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
 from melodi_otel.clock import SystemClock
+from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.spans import DeferringProcessor
 
