@@ -63,7 +63,7 @@ class Hub:
         self.journal = Journal(place / "journal")
         host = Host(
             "shared", "0", "bench", lambda: DEVICES, lambda: False, lambda: 5.0, lambda: None, self.status,
-            lambda _session, _told: None, lambda _group, _pid: None, lambda _group, _pid: None,
+            lambda _session, _told: None, lambda _group, _pid: None, lambda _group, _pid: None, lambda: None,
         )  # fmt: skip
         self.server = Server(self.listener, self.ledger, host, self.journal, peer=_peer)
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from melodi_otel import __version__, semconv
-from melodi_otel.attribution.books import Who
 from melodi_otel.attribution.finishing import accrued_in
 from melodi_otel.attribution.meter import Key, Share
 from melodi_otel.attribution.record import Observer, RequestRecord
@@ -106,7 +105,13 @@ class HubProcess:
         self.server: Server | None = None
         self._clocks = GroupClocks(config.procfs_root)
         self.station = Station(
-            config, self._clock, environ, who=self._who, sampled=self._sampled, moved=self._moved, clocks=self._clocks
+            config,
+            self._clock,
+            environ,
+            who=self._whose.who,
+            sampled=self._sampled,
+            moved=self._moved,
+            clocks=self._clocks,
         )
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -136,6 +141,7 @@ class HubProcess:
                 observed=self._observed,
                 joined=self._clocks.add,
                 left=self._left,
+                settled=station.settled,
             ),
             self._journal,
             known,
@@ -306,15 +312,6 @@ class HubProcess:
             self._meters.sampled(seconds)
         if self._scrape is not None:
             self._scrape.instruments.sampled(seconds)
-
-    def _who(self, model: str | None, labels: Mapping[str, str]) -> Who:
-        return Who(
-            model,
-            labels.get(semconv.GEN_AI_PROVIDER),
-            labels.get(semconv.SERVICE_NAME),
-            labels.get(semconv.SERVICE_NAMESPACE),
-            self._whose.metric.clip(labels),
-        )
 
     def _observed(self, session: Session, told: wire.Observed) -> None:
         hello = session.hello

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from melodi_otel import __version__, semconv
-from melodi_otel.attribution.books import Snapshot, Who
+from melodi_otel.attribution.books import Snapshot
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Meter, Reason
 from melodi_otel.attribution.record import Observer
@@ -101,7 +101,7 @@ class Runtime:
         self._choice = choice or Choice(self._setting, environ)
         self._connect = self._choice.first()
         self.station = Station(
-            config, self.clock, environ, who=self._who, sampled=self._sampled, turn=self._turn, later=later
+            config, self.clock, environ, who=whose.who, sampled=self._sampled, turn=self._turn, later=later
         )
         if self._connect is not None:
             self.station.postpone()
@@ -459,7 +459,6 @@ class Runtime:
         self._tender.forked()
         self._metric_labels.forked()
         self._models.forked()
-        self._publisher.release()  # the parent's: a copy of its socket would keep the name from everybody
         self._name = secrets.token_hex(8)
         self.station.forked()
         self.store.forked()
@@ -477,15 +476,6 @@ class Runtime:
         self._meters.sampled(seconds)
         if self._scrape is not None:
             self._scrape.instruments.sampled(seconds)
-
-    def _who(self, model: str | None, labels: Mapping[str, str]) -> Who:
-        return Who(
-            model,
-            labels.get(semconv.GEN_AI_PROVIDER),
-            labels.get(semconv.SERVICE_NAME),
-            labels.get(semconv.SERVICE_NAMESPACE),
-            self._metric_labels.clip(labels),
-        )
 
 
 def _service(value: object) -> str | None:

@@ -92,7 +92,6 @@ class Station:
         self._clocks = clocks
         groups = None if clocks is None else clocks.groups
         self.readings: Final = Readings(self.ledger, self.devices, moved or self._moved.set, clock, groups)
-        self._later = later
         self._stale = later
         self._child = False
         self._complete = threading.Event()
@@ -407,21 +406,20 @@ class Station:
     def settle(self) -> None:
         """Settle once; never raises."""
         try:
-            self.renew()
             self.ledger.settle(self.clock.monotonic_ns())
-            self.record_out()
+            self.settled()
         except Exception:
             log.exception("melodi_otel: settling failed; it goes on with the next reading")
 
-    def renew(self) -> None:
-        """A meter may find out late by which method a device is measured."""
+    def settled(self) -> None:
+        """What follows each settling of the books, whoever settles them.
+
+        A meter may find out late by which method a device is measured, and the recorder writes what it holds.
+        """
         for device in self.discovery.devices:
             known = self._found.get(device.id)
             if known is not None and known.source != device.source:
                 self._found[device.id] = replace(known, source=device.source)
-
-    def record_out(self) -> None:
-        """Write what the recorder holds."""
         if self._recorder is not None:
             self._recorder.flush()
 

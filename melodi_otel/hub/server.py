@@ -69,7 +69,7 @@ class Host:
         status: the status page's data.
         observed: called with (session, observation).
         joined: called with (group, pid) of a program that greeted, and ``left`` with the same when it is gone.
-        idle: called when the last program has left.
+        settled: called after each settling, on the loop; must be quick.
     """
 
     tier: str
@@ -83,6 +83,7 @@ class Host:
     observed: Callable[[Session, wire.Observed], None]
     joined: Callable[[str, int], None]
     left: Callable[[str, int], None]
+    settled: Callable[[], None]
 
 
 class Server:
@@ -242,6 +243,7 @@ class Server:
                 session.asked = None  # an answer that comes later is none
         try:
             self._books.settle(self._now_ns())
+            self._host.settled()
         except Exception:
             log.exception("settling failed; it goes on with the next reading")
         self._deliver(accrued=False)

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from opentelemetry import baggage, context, trace
 
+from melodi_otel import semconv
+from melodi_otel.attribution.books import Who
 from melodi_otel.attribution.labels import Digest, Lookup, MetricLabels, Rule, clean, parse, resolve
 from melodi_otel.config import Config
 from melodi_otel.errors import ConfigError
@@ -58,6 +60,21 @@ class Whose:
     def finder(self, resource: Mapping[str, object]) -> LabelFinder | None:
         """What finds the labels of a request, given the attributes of the resource; None where there are no rules."""
         return LabelFinder(self.rules, resource, self._digest) if self.rules else None
+
+    def who(self, model: str | None, labels: Mapping[str, str]) -> Who:
+        """For whom the joules of a request count in metrics, of whose labels as many are kept as the bound allows.
+
+        Args:
+            model: that it asked for.
+            labels: its provider, service and configured labels.
+        """
+        return Who(
+            model,
+            labels.get(semconv.GEN_AI_PROVIDER),
+            labels.get(semconv.SERVICE_NAME),
+            labels.get(semconv.SERVICE_NAMESPACE),
+            self.metric.clip(labels),
+        )
 
     def _shown(self, value: str) -> str:
         value = clean(value)

@@ -133,6 +133,17 @@ def test_requests_on_its_page_have_their_service(build, member):
     assert series(text, "gen_ai_client_operation_duration_seconds_sum")
 
 
+def test_a_recording_hub_writes_as_it_settles(build, member, tmp_path):
+    """A trace is on disk after every settling, not only when a buffer is full or the hub ends."""
+    trace = tmp_path / "trace.jsonl"
+    hub = build(record=str(trace))
+    (device,) = hub.station.devices
+    hub.station.ledger.counter(device, time.monotonic_ns() + S, 1e6)
+    hub.server.moved()
+    member().between("none", 0, 1)  # answered after what came before it
+    assert "1000000.0" in trace.read_text()
+
+
 def test_otlp_counts_requests_and_nothing_of_single_ones(build, member):
     """Their histograms go out from the programs themselves; the hub's OTLP has the number of requests and the machine."""
     with OtlpReceiver() as server:

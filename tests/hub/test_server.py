@@ -98,7 +98,7 @@ class Hub:
         self.ledger.counter("GPU-0", clock.monotonic_ns(), 0.0)
         self.joules = 0.0
         self.diary = Diary(place / "journal", clock)
-        self.came, self.went, self.observed = [], [], []
+        self.came, self.went, self.observed, self.settled = [], [], [], []
         self.listener = listen(self.place, mode=0o600)
         self.programs = []
         self.joined = threading.Event()
@@ -114,6 +114,7 @@ class Hub:
             observed=lambda session, told: self.observed.append((session.group, told)),
             joined=lambda *who: self.came.append(who),
             left=lambda *who: self.went.append(who),
+            settled=lambda: self.settled.append(self.joules),
         )
         self.server = Server(
             self.listener, self.ledger, host, self.diary, known, peer=self.peer, now_ns=clock.monotonic_ns
@@ -380,7 +381,7 @@ def test_a_fault_of_the_hub_is_not_the_programs(hub, monkeypatch, caplog):
 
 
 def test_ask_and_answer(hub):
-    """The sensor moves: who has probed requests is asked, what is said before the answer counts, and then it settles."""
+    """The sensor moves: who has probed requests is asked, what comes before the answer counts, then it settles and tells."""
     program, other = hub.connect(name="a"), hub.connect(name="b")
     program.say(opened(hub, probed=True), wire.StatusAsked(1))
     program.hear(wire.StatusAnswered)
@@ -391,6 +392,7 @@ def test_ask_and_answer(hub):
     assert [present.output_tokens for present in hub.ledger.present()] == [17]
     other.say(wire.StatusAsked(1))
     other.hear(wire.StatusAnswered)
+    assert hub.settled == [hub.joules]
     assert not [message for message in other.inbox if isinstance(message, wire.Ask)]
 
 
