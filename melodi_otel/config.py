@@ -256,7 +256,10 @@ VARIABLES: Final[dict[str, Variable]] = {
         "static_policy", _policy, "busy_shared or dynamic", "Who pays idle power while requests run."
     ),
     "MELODI_SPAN_WAIT": Variable(
-        "span_wait", _number(0, 60), "seconds from 0 to 60", "The longest time a span waits for its joules."
+        "span_wait",
+        _number(0, 60),
+        "seconds from 0 to 60",
+        "The longest time a span waits for its joules; half as long again, once, where the whole program stood still.",
     ),
     "MELODI_SPAN_LIMIT": Variable(
         "span_limit", _whole(1), "a whole number from 1", "The most spans that wait at a time."
