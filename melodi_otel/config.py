@@ -336,7 +336,12 @@ SERVER_VARIABLE: Final = "MELODI_METRICS_SERVER"
 LINGER_VARIABLE: Final = "MELODI_HUB_LINGER"
 """Seconds that a shared hub stays without programs; for the tests."""
 
-INTERNAL: Final = frozenset({GROUP_VARIABLE, SERVER_VARIABLE, LINGER_VARIABLE, "MELODI_FAKE_NVML_STATE"})
+VLLM_ENGINE_VARIABLE: Final = "MELODI_VLLM_ENGINE"
+"""Which engine of this program is being made, for the processes that vLLM starts for it."""
+
+INTERNAL: Final = frozenset(
+    {GROUP_VARIABLE, SERVER_VARIABLE, LINGER_VARIABLE, VLLM_ENGINE_VARIABLE, "MELODI_FAKE_NVML_STATE"}
+)
 """Names that processes of this project and its test kit hand to their children; not for users."""
 
 

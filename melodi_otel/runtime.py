@@ -32,6 +32,7 @@ from melodi_otel.hub.moving import MovingMeter
 from melodi_otel.instrumentation.asgi import AsgiInstrumentor
 from melodi_otel.instrumentation.seam import Library
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
+from melodi_otel.instrumentation.vllm import VllmInstrumentor
 from melodi_otel.publishing import Publisher
 from melodi_otel.results.measure import Measurement
 from melodi_otel.results.store import Store
@@ -194,6 +195,7 @@ class Runtime:
         self._deferral.watch(foreign)
         self._libraries: dict[str, Library] = {
             "transformers": TransformersInstrumentor(self.calls, environ),
+            "vllm": VllmInstrumentor(self.calls),
             "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
         }
         self._lock = threading.Lock()
@@ -312,9 +314,15 @@ class Runtime:
         Args:
             names: which (a name that is not known does nothing); None: all.
         """
-        for name, library in self._libraries.items():
+        for name in self._libraries:
             if names is None or name in names:
-                library.instrument()
+                self.instrument(name)
+
+    def instrument(self, name: str) -> Library:
+        """Patch one supported engine, now or when it is imported; its instrumentation."""
+        library = self._libraries[name]
+        library.instrument()
+        return library
 
     def uninstrument_libraries(self, names: Collection[str] | None = None) -> None:
         """Leave the engines (None: all) as they were."""
@@ -415,8 +423,9 @@ class Runtime:
             endpoint.close()
 
     def _client(self, connect: Any, resume: Any, *, welcomed: Any, lost: Any) -> HubClient:
+        alone = "vllm" not in sys.modules  # else requests and steps of one engine come from several processes
         hello = wire.Hello(
-            wire.VERSION, __version__, self._name, self.group, True, self._service, self._namespace, False, []
+            wire.VERSION, __version__, self._name, self.group, alone, self._service, self._namespace, False, []
         )
         return HubClient(
             connect,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from melodi_otel.clock import SystemClock
 from melodi_otel.config import Config
 from melodi_otel.instrumentation.loaded import when_loaded
+from melodi_otel.instrumentation.vllm.awaken import when_made
 from melodi_otel.telemetry import genai
 from melodi_otel.telemetry.deferral import Deferral, Entry, Foreign
 from melodi_otel.telemetry.tracers import TracerSeam
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("melodi_otel")
 
-ENGINES: Final[Mapping[str, str]] = {"transformers": "transformers"}
-"""Module by the name of the library that is instrumented: when it is loaded, there will be work."""
+ENGINES: Final[Mapping[str, Callable[[Callable[[], object]], None]]] = {
+    "transformers": lambda act: when_loaded("transformers", act),
+    "vllm": when_made,
+}
+"""What calls an action when there will be work, by the name of the library that is instrumented."""
 
 _WAIT_S: Final = 5.0
 
@@ -85,7 +90,7 @@ class Standby:
         for name in set(names) - self.libraries:
             self.libraries.add(name)
             if name in ENGINES:
-                when_loaded(ENGINES[name], functools.partial(self._loaded, name))
+                ENGINES[name](functools.partial(self._there, name))
             elif self.runtime is not None:
                 self.runtime.instrument_libraries([name])
 
@@ -97,15 +102,18 @@ class Standby:
         """In a child: a thread that was starting the runtime is not here."""
         self._stirred = False
 
-    def _loaded(self, name: str) -> None:
+    def _there(self, name: str) -> object:
+        """An engine is there; its instrumentation, or None where it is not metered."""
         if self._over or name not in self.libraries:
-            return
+            return None
+        if name == "transformers" and self.runtime is None and _is_part_of_vllm():
+            return None
         try:
             runtime = self._awaken()
-            if runtime is not None:
-                runtime.instrument_libraries([name])
+            return None if runtime is None else runtime.instrument(name)
         except Exception as error:
             log.error("melodi_otel: %s is not metered: %s", name, error)
+            return None
 
     def stir(self) -> None:
         """Somebody calls a model: make the runtime, once, and not on this thread, which is the application's."""
@@ -130,6 +138,12 @@ class Standby:
 
     def _why(self) -> Reason:
         return "no_source" if self.runtime is None else self.runtime.why()
+
+
+def _is_part_of_vllm() -> bool:
+    """Whether this is one of the processes that vLLM starts: they load transformers, and none of them generates with it."""
+    children = sys.modules.get("multiprocessing.process")
+    return "vllm" in sys.modules and children is not None and children.parent_process() is not None
 
 
 class _FirstCall(Foreign):

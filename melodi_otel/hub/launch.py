@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from melodi_otel.config import GROUP_VARIABLE, SERVER_VARIABLE
+from melodi_otel.config import GROUP_VARIABLE, SERVER_VARIABLE, VLLM_ENGINE_VARIABLE
 from melodi_otel.hub.client import HubLost
 
 log = logging.getLogger("melodi_otel")
@@ -35,6 +35,7 @@ _PRIVATE: Final = frozenset(
     {
         GROUP_VARIABLE,
         SERVER_VARIABLE,
+        VLLM_ENGINE_VARIABLE,
         # It meters the host, not what one program may see of it.
         "CUDA_VISIBLE_DEVICES",
         "HIP_VISIBLE_DEVICES",

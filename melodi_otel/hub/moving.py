@@ -211,8 +211,10 @@ class MovingMeter:
             else:
                 facts = self._engines.setdefault(engine, {})
                 facts.update({name: value for name, value in told.items() if value is not None}, state=state)
-            if self._target is not None:
-                self._target.engine(engine, t_ns, state, **told)
+            # In a forked child it may be an engine that comes first: its process has no requests.
+            target = self._target or (self._chosen() if self._first is not None and state != "gone" else None)
+            if target is not None:
+                target.engine(engine, t_ns, state, **told)
 
     def open(
         self,

@@ -83,6 +83,7 @@ class Session:
         self.messages = 0
         self.unseen = 0
         self._engines: set[int] = set()
+        self._declared: set[int] = set()
         self._lanes: OrderedDict[tuple[int, int], set[str]] = OrderedDict()
         self._binds: dict[str, int] = {}
         self._bound = 0
@@ -156,6 +157,9 @@ class Session:
         for _, told in self.undelivered:
             self._arrived(told)
         self.undelivered.clear()
+        for number in self._declared:
+            self._books.engine(EngineId(self.group, number), now_ns, "gone")
+        self._declared.clear()
         self._binds.clear()
         self._lanes.clear()
         self.probed = self._bound = 0
@@ -360,6 +364,7 @@ class Session:
     def _engine(self, message: wire.EngineTold) -> None:
         if not self._known(message.number):
             return
+        (self._declared.discard if message.state == "gone" else self._declared.add)(message.number)
         parameters, active, kv, layers, hidden, experts, per_token = message.facts
         told: dict[str, Any] = {
             "model": message.model if self._room("engine", message.model) else OTHER,

@@ -11,7 +11,7 @@ import wrapt
 log = logging.getLogger("melodi_otel")
 
 
-def when_loaded(module: str, act: Callable[[], None]) -> None:
+def when_loaded(module: str, act: Callable[[], object]) -> None:
     """Call ``act`` once ``module`` is loaded: now if it is, else when the program loads it. What it raises is logged."""
 
     def hook(_: ModuleType) -> None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from melodi_otel.attribution.meter import EngineId, Meter
 from melodi_otel.instrumentation.seam import Calls
+from melodi_otel.instrumentation.sizes import known_name, size
 from melodi_otel.instrumentation.transformers.adapters import Adapter
 from melodi_otel.instrumentation.transformers.parallel import spread
 
 log = logging.getLogger("melodi_otel")
-
-_SNAPSHOT: Final = re.compile(r"models--(?P<name>[^/\\]+)[/\\]snapshots[/\\]")
-_EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN: Final = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 class Engine:
@@ -111,16 +107,10 @@ def _place(model: Any) -> tuple[Callable[[], Any], object]:
 
 
 def model_name(model: Any) -> str:
-    """``name_or_path`` as people know it: a hub name as it is, a directory by its last component, else the class."""
+    """``name_or_path`` as people know it, else the class."""
     config = getattr(model, "config", None)
-    name = str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "").strip()
-    if snapshot := _SNAPSHOT.search(name):
-        return snapshot["name"].replace("--", "/")
-    parts = [part for part in re.split(r"[/\\]", name) if part]
-    if not parts:
-        return type(model).__name__
-    is_path = name[0] in "./\\~" or "\\" in name or len(parts) > 2 or ":" in parts[0]
-    return parts[-1] if is_path else name
+    name = str(getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or "")
+    return known_name(name) or type(model).__name__
 
 
 def devices_of(model: Any) -> tuple[str, ...] | None:
@@ -150,23 +140,8 @@ def _uuid(cuda: Any, index: int) -> str:
 
 def size_of(model: Any) -> dict[str, Any]:
     """What ``Meter.engine`` may be told about a model's size; unknown parts are left out."""
-    config = _text_config(getattr(model, "config", None))
-    layers = _first(config, ("decoder_layers", "num_decoder_layers", "num_hidden_layers"))
-    experts, per_token = _first(config, _EXPERTS), _first(config, _EXPERTS_PER_TOKEN)
-    total, expert = _parameters(model)
-    found: dict[str, Any] = {
-        "parameters": float(total) if total else None,
-        "layers": layers,
-        "hidden": _first(config, ("hidden_size",)),
-        "kv_bytes_per_token": _kv_bytes(model, config, layers),
-    }
-    if total and not expert:
-        found["active_parameters"] = float(total)
-    if experts and experts > 1:
-        found |= {"experts": experts, "experts_per_token": per_token}
-        if total and expert and per_token:
-            found["active_parameters"] = total - expert * (1 - min(per_token / experts, 1))
-    return {name: value for name, value in found.items() if value is not None}
+    itemsize = getattr(getattr(model, "dtype", None), "itemsize", None)
+    return size(getattr(model, "config", None), itemsize, *_parameters(model))
 
 
 def _parameters(model: Any) -> tuple[int, int]:
@@ -183,34 +158,3 @@ def _parameters(model: Any) -> tuple[int, int]:
         log.debug("the parameters of %s cannot be counted", type(model).__name__, exc_info=True)
         return 0, 0
     return total, expert
-
-
-def _kv_bytes(model: Any, config: Any, layers: int | None) -> float | None:
-    itemsize = getattr(getattr(model, "dtype", None), "itemsize", None)
-    heads = _first(config, ("num_attention_heads", "decoder_attention_heads"))
-    hidden = _first(config, ("hidden_size",))
-    if not (itemsize and layers and heads and hidden):
-        return None
-    kinds: Sequence[str] | None = getattr(config, "layer_types", None)
-    if kinds:
-        layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    per_head = _first(config, ("head_dim", "d_kv")) or hidden // heads
-    if (value := _first(config, ("v_head_dim",))) and (key := _first(config, ("qk_head_dim",))):
-        return float(layers * heads * (key + value) * itemsize)  # latent attention is cached expanded
-    kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
-    return float(2 * layers * kv_heads * per_head * itemsize)
-
-
-def _text_config(config: Any) -> Any:
-    try:
-        return config.get_text_config(decoder=True)
-    except Exception:
-        return config
-
-
-def _first(config: Any, names: Sequence[str]) -> int | None:
-    for name in names:
-        value: object = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
