@@ -128,7 +128,9 @@ def pytest_runtest_logreport(report):
     """Add up what each room costs, set-up and tear-down included."""
     parts = Path(report.nodeid.split("::")[0]).parts
     folders = parts[1:-1] if parts[0] == "tests" else ()
-    room = next((folder for folder in reversed(folders) if folder in BUDGET_MINUTES), folders[0] if folders else "(other)")
+    room = next(
+        (folder for folder in reversed(folders) if folder in BUDGET_MINUTES), folders[0] if folders else "(other)"
+    )
     _spent[room] += report.duration
     _slowest[report.nodeid] = _slowest.get(report.nodeid, 0.0) + report.duration
 

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    print(save(given.directory, layers=given.layers, heads=given.heads, seed=given.seed))
+    save(given.directory, layers=given.layers, heads=given.heads, seed=given.seed)
 
 
 if __name__ == "__main__":

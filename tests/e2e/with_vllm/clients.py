@@ -13,7 +13,24 @@ import httpx
 
 from tests.e2e.with_vllm.rig import NAME
 
-WORDS = "the quick brown fox jumps over the lazy dog and a joule is one watt for one second".split()
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "one",
+    "joule",
+    "is",
+    "a",
+    "watt",
+    "second",
+)
 
 
 @dataclass(frozen=True, slots=True)

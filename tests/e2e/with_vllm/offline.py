@@ -1,7 +1,7 @@
 """``LLM`` in one process: ``offline.py SPEC``, SPEC being JSON.
 
-``model`` (a folder), ``engine`` (arguments of ``LLM``), ``prompts``, ``max_tokens`` (a number, or one per prompt), ``chat`` (ask as
-chats), ``out`` (where it tells what it had).
+``model`` (a folder), ``engine`` (arguments of ``LLM``), ``prompts``, ``max_tokens`` (a number, or one per prompt), ``chat`` (ask
+as chats), ``out`` (where it tells what it had).
 """
 
 from __future__ import annotations

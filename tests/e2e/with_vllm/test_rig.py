@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 
 def test_one_process(vllm_program: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     """An ``LLM`` in the program's own process gives every prompt as many tokens as it asked for, while the meters count."""
-    told = vllm_program(HERE / "offline.py", engine=ENGINE, prompts=["the quick brown fox", "a joule"], max_tokens=[7, 12])
+    told = vllm_program(
+        HERE / "offline.py", engine=ENGINE, prompts=["the quick brown fox", "a joule"], max_tokens=[7, 12]
+    )
     assert [row["completion_tokens"] for row in told["rows"]] == [7, 12]
     assert all(row["prompt_tokens"] > 0 for row in told["rows"])
     assert told["counted"][PACKAGE] > 0
@@ -51,7 +53,7 @@ def test_usage_is_what_the_server_counted(
 
 
 def test_a_client_leaves(vllm_server: Callable[..., VllmServer]) -> None:
-    """A client that goes away in the middle of its answer ends the request: the server counts fewer tokens than were asked for."""
+    """A client that goes away in the middle ends its request: the server counts fewer tokens than were asked for."""
     server = vllm_server()
     before = server.counted("generation_tokens_total")
     (answer,) = fire(server.url, [Ask("the quick brown fox", max_tokens=480, stream=True, leave_after=2)])
