@@ -23,6 +23,7 @@ test:
 	@scripts/system-programs
 	@scripts/venv test torch
 	@scripts/venv peers torch
+	@scripts/venv vllm torch
 	@.venv/test/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 check:
@@ -40,7 +41,11 @@ test-slow:
 
 test-second:
 	@scripts/venv second torch
-	@.venv/second/bin/python -m pytest -m "not slow and not gpu"
+	@.venv/second/bin/python -m pytest -m "not slow and not gpu" --ignore=tests/e2e/with_vllm
+	@scripts/venv test torch
+	@scripts/venv vllm-second torch
+	@MELODI_VLLM_PYTHON=$(CURDIR)/.venv/vllm-second/bin/python \
+		.venv/test/bin/python -m pytest -m "not slow and not gpu" tests/e2e/with_vllm
 
 bench:
 	@scripts/venv test torch
@@ -58,4 +63,4 @@ docs:
 	.venv/docs/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs site dist
+	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs .venv/vllm .venv/vllm-second site dist

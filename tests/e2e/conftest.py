@@ -419,3 +419,9 @@ def hub_place() -> Iterator[HubPlace]:
     place = HubPlace()
     yield place
     place.close()
+
+
+@pytest.fixture(scope="session")
+def new_hub_place() -> Callable[[], HubPlace]:
+    """``new_hub_place()``: one more place, which whoever asks for it closes."""
+    return HubPlace
