@@ -251,7 +251,9 @@ VARIABLES: Final[dict[str, Variable]] = {
         "idle_watts", _idle, "DEVICE=WATTS,… with hw.id names", "Idle power per device instead of learning it."
     ),
     "MELODI_HOST_ID": Variable("host_id", str, "any text", "host.id, where /etc/machine-id is a container's own."),
-    "MELODI_ENGINE_DEVICES": Variable("engine_devices", _words, "hw.id,… (GPU UUIDs)", "The devices this engine uses."),
+    "MELODI_ENGINE_DEVICES": Variable(
+        "engine_devices", _words, "hw.id,… (GPU UUIDs)", "The devices this engine uses, those of its cores in order."
+    ),
     "MELODI_STATIC_POLICY": Variable(
         "static_policy", _policy, "busy_shared or dynamic", "Who pays idle power while requests run."
     ),

@@ -195,7 +195,7 @@ class Runtime:
         self._deferral.watch(foreign)
         self._libraries: dict[str, Library] = {
             "transformers": TransformersInstrumentor(self.calls, environ),
-            "vllm": VllmInstrumentor(self.calls),
+            "vllm": VllmInstrumentor(self.calls, devices=config.engine_devices or ()),
             "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
         }
         self._lock = threading.Lock()

@@ -20,6 +20,16 @@ def with_host(devices: Sequence[str], host_devices: Sequence[str]) -> tuple[str,
     return (*devices, *(name for name in host_devices if name not in devices))
 
 
+def devices_given(given: tuple[str, ...] | None, named: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What ``MELODI_ENGINE_DEVICES`` makes of the devices that an engine names: those of them that it lists, else all of it.
+
+    Cores of one engine have a part of the list each; an engine that cannot say where it computes has all of it.
+    """
+    if not given:
+        return None if named is None else tuple(named)
+    return tuple(name for name in named or () if name in given) or given
+
+
 class Work(NamedTuple):
     """One id in one step: prompt tokens computed, decode tokens computed (1 + drafts), context before the step."""
 

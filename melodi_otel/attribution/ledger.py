@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from melodi_otel.attribution.books import Present, Snapshot, Who
 from melodi_otel.attribution.core import Core
-from melodi_otel.attribution.engines import Work
+from melodi_otel.attribution.engines import Work, devices_given
 from melodi_otel.attribution.meter import (
     Decode,
     EngineId,
@@ -50,7 +50,7 @@ class Ledger:
         model: where weights come from; None: :class:`melodi_otel.attribution.weights.Roofline`.
         host_devices: ids of CPU packages and memory, which every request uses beside its accelerators. Empty in replay. It is
             not copied: a list may be filled until the first :meth:`settle`.
-        engine_devices: accelerators of every engine, whatever it says itself (``MELODI_ENGINE_DEVICES``); None: as it says.
+        engine_devices: accelerators of every engine (``MELODI_ENGINE_DEVICES``), of which it may name its own; None: as it says.
         patience_s: how long a closed request waits for readings before it is settled with what is covered; None: until
             :meth:`flush`.
         best: use no better evidence than this tier (to compare tiers on one trace); None: the best there is.
@@ -189,7 +189,7 @@ class Ledger:
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.engine`; ``service`` names the holder in idle joules."""
         facts = (parameters, active_parameters, kv_bytes_per_token, layers, hidden, experts, experts_per_token)
-        named = self._engine_devices or (None if devices is None else tuple(devices))
+        named = devices_given(self._engine_devices, devices)
         self._inbox.append((self._core.engine, (engine, t_ns, state, model, named, world, facts, service)))
 
     def open(
@@ -209,9 +209,7 @@ class Ledger:
         late: Late | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
-        named = None if devices is None else tuple(devices)
-        if engine is not None and self._engine_devices:
-            named = self._engine_devices
+        named = devices_given(self._engine_devices if engine is not None else None, devices)
         arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe, late)
         self._inbox.append((self._core.open, arguments))
         self._count(1, t_ns)
@@ -259,7 +257,7 @@ class Ledger:
         left: Sequence[str] = (),
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
-        named = self._engine_devices or (None if devices is None else tuple(devices))
+        named = None if devices is None else devices_given(self._engine_devices, devices)
         arguments = (engine, lane, seq, t0_ns, t1_ns, named, decode, prefill, computed, joined, left)
         if threading.get_ident() == self._settling:
             self._take(

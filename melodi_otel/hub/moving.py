@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
+from melodi_otel.attribution.engines import devices_given
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import (
     Decode,
@@ -63,7 +64,7 @@ class MovingMeter:
         client: makes a client from (connect, resume, welcomed, lost).
         places: where hubs are.
         changed: called after each move.
-        engine_devices: accelerators of every engine of this program, whatever it says itself (``MELODI_ENGINE_DEVICES``).
+        engine_devices: accelerators of every engine of this program (``MELODI_ENGINE_DEVICES``), of which it may name its own.
         now_ns: monotonic ns.
     """
 
@@ -204,7 +205,7 @@ class MovingMeter:
     def engine(self, engine: EngineId, t_ns: int, state: EngineState = "ready", **told: Any) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.engine`."""
         if self._engine_devices:
-            told["devices"] = self._engine_devices
+            told["devices"] = devices_given(self._engine_devices, told.get("devices"))
         with self._lock:
             if state == "gone":
                 self._engines.pop(engine, None)
@@ -233,8 +234,8 @@ class MovingMeter:
         late: Late | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
-        if engine is not None and self._engine_devices:
-            devices = self._engine_devices
+        if engine is not None:
+            devices = devices_given(self._engine_devices, devices)
         told: dict[str, Any] = {
             "engine": engine, "devices": devices, "model": model, "prompt_tokens": prompt_tokens,
             "cached_tokens": cached_tokens, "labels": labels, "parent": parent,
@@ -307,8 +308,8 @@ class MovingMeter:
         left: Sequence[str] = (),
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
-        if self._engine_devices:
-            devices = self._engine_devices
+        if devices is not None:
+            devices = devices_given(self._engine_devices, devices)
         with self._lock:
             target = self._target
             if target is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -18,10 +19,12 @@ class Cores:
     Args:
         calls: whose meter is told.
         complaints: where our own failures go.
+        devices: accelerators of all cores of this host, where the user names them.
     """
 
-    def __init__(self, calls: Calls, complaints: Complaints) -> None:
+    def __init__(self, calls: Calls, complaints: Complaints, devices: Sequence[str] = ()) -> None:
         self._calls = calls
+        self._devices = devices
         self._complaints = complaints
         self._watched: WeakKeyDictionary[Any, tuple[EngineId, WatchedScheduler | None]] = WeakKeyDictionary()
 
@@ -73,7 +76,7 @@ class Cores:
 
     def _declare(self, engine: EngineId, config: Any, state: Any, **facts: Any) -> None:
         shape = shape_of(config)
-        devices = devices_of(shape)
+        devices = devices_of(shape, self._devices)
         # One that is spread over more than it has here is `partial`; a core on the CPU is not spread over devices.
         world: Final = shape.world if devices and shape.world > 1 else None
         self._calls.meter.engine(

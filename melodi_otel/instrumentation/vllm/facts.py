@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -102,11 +102,15 @@ def model_of(config: Any) -> str | None:
     return known_name(path) if isinstance(path, str) else None
 
 
-def devices_of(shape: Shape) -> tuple[str, ...] | None:
+def devices_of(shape: Shape, given: Sequence[str] = ()) -> tuple[str, ...] | None:
     """``hw.id`` of the accelerators of a core; ``()``: it computes on the CPU; None: not known.
 
+    Of a list that was ``given`` for all cores of this host, each has its part, in order, where it is long enough.
     vLLM's own platform is asked, which names devices without touching them; this process may not do that.
     """
+    if given:
+        first = shape.local_rank * shape.world
+        return tuple(given[first : first + shape.world]) if len(given) >= first + shape.world else tuple(given)
     platform: Any = getattr(sys.modules.get("vllm.platforms"), "current_platform", None)
     if platform is None:
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final
 
@@ -40,16 +40,18 @@ class VllmInstrumentor:
     Args:
         calls: where they are reported.
         origin: what the headers that a request was given say about where it came from.
+        devices: accelerators of all engine cores of this host, where the user names them.
     """
 
     def __init__(
         self,
         calls: Calls,
         origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
+        devices: Sequence[str] = (),
     ) -> None:
         self._complaints = Complaints()
         self._front = FrontEnd(calls, self._complaints, origin)
-        self._cores = Cores(calls, self._complaints)
+        self._cores = Cores(calls, self._complaints, devices)
         self._patches = Patches()
         self._on = False
         self._hooked = False
