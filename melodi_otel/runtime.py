@@ -47,6 +47,7 @@ from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views
+from melodi_otel.telemetry.origins import from_headers
 from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
 from melodi_otel.telemetry.requests import RequestCalls
 from melodi_otel.telemetry.tracers import TracerSeam
@@ -195,7 +196,7 @@ class Runtime:
         self._deferral.watch(foreign)
         self._libraries: dict[str, Library] = {
             "transformers": TransformersInstrumentor(self.calls, environ),
-            "vllm": VllmInstrumentor(self.calls, devices=config.engine_devices or ()),
+            "vllm": VllmInstrumentor(self.calls, from_headers, devices=config.engine_devices or ()),
             "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
         }
         self._lock = threading.Lock()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final, NamedTuple
 
 from opentelemetry import context as otel_context
+from opentelemetry import propagate
 from opentelemetry.context import Context
 from opentelemetry.trace import get_current_span
 
@@ -24,6 +25,12 @@ def here() -> object | None:
     """What the caller stands in now, or None where that is nothing."""
     context, key = otel_context.get_current(), current.get()
     return _Origin(context, key) if context or key is not None else None
+
+
+def from_headers(headers: Mapping[str, str]) -> object | None:
+    """What the headers of a request say about where it came from, by the program's propagators; None: nothing."""
+    found = propagate.extract(headers, context=otel_context.get_current())
+    return _Origin(found, current.get()) if get_current_span(found).get_span_context().is_valid else None
 
 
 def within(origin: object | None) -> AbstractContextManager[None]:
