@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from melodi_otel.testing.telemetry import plain
 from tests.e2e.with_vllm.rig import PACKAGE, VllmServer, gpu
 
+BUCKETS = ("idle", "tail", "loading", "foreign", "unsampled")
 ATTRIBUTE = {"gpu": "melodi.energy.gpu", "cpu": "melodi.energy.cpu"}
 
 
@@ -38,22 +40,21 @@ def check_balance(server: VllmServer, spans: list[Told], gpus: int = 1) -> dict[
     """Stop the meters: on every device the requests' spans and the buckets sum to what its counter has counted, to 1e-9.
 
     Returns:
-        Per device ``spans``, ``buckets`` and ``counter`` (J).
+        Per device ``requests``, ``counter`` and every bucket (J).
     """
     counted = server.meters.still()
 
     def caught_up() -> Any:
-        books = server.place.settled()
-        return (
-            books if all(books[name]["counted"] == pytest.approx(j, abs=1e-6) for name, j in counted.items()) else None
-        )
+        books = {book["device"]: book for book in json.loads(server.place.fetch("/status.json"))["books"]}
+        read = all(books[name]["measured_joules"] == pytest.approx(j, abs=1e-6) for name, j in counted.items())
+        return books if read and not any(book["in_flight_joules"] for book in books.values()) else None
 
     books = server.place.until("the hub has read all that was counted", caught_up)
     figures: dict[str, dict[str, float]] = {}
     for name, joules in counted.items():
-        buckets = books[name]["counted"] - books[name]["settled"]
-        figures[name] = {"requests": books[name]["settled"], "buckets": buckets, "counter": joules}
-        assert books[name]["counted"] == pytest.approx(joules, rel=1e-9)
+        buckets = {bucket: books[name][f"{bucket}_joules"] for bucket in (*BUCKETS, "residual")}
+        figures[name] = {"requests": books[name]["attributed_joules"], "counter": joules, **buckets}
+        assert books[name]["attributed_joules"] + sum(buckets.values()) == pytest.approx(joules, rel=1e-9)
     in_spans = {kind: sum(span.of(attribute) or 0.0 for span in spans) for kind, attribute in ATTRIBUTE.items()}
     assert in_spans["cpu"] == pytest.approx(figures[PACKAGE]["requests"], rel=1e-9)
     on_gpus = sum(figures[gpu(number)]["requests"] for number in range(gpus))

@@ -69,6 +69,7 @@ class Meters:
         """Variables of a program that is to see these meters; vLLM computes on the CPU, its devices are said to be the GPUs."""
         return {
             "MELODI_SOURCES": "rapl,nvml",
+            "MELODI_METRICS_ADDR": "127.0.0.1:0",
             "MELODI_ENGINE_DEVICES": ",".join(self.names),
             **self.nvml.environ,
         }
