@@ -33,7 +33,7 @@ FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
 ENGINE = {"max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "distributed_executor_backend": "uni"}
 """Arguments of ``LLM`` for an engine in the program's own process (together with ``IN_PROCESS``)."""
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-START_S = 240.0
+START_S = 400.0
 """Patience with the start of a server: half a minute alone on two cores, more beside others."""
 
 
@@ -186,7 +186,7 @@ class VllmServer:
 
         Raises:
             RuntimeError: it ended; with what it said.
-            TimeoutError: it did not get there in 240 s.
+            TimeoutError: it did not get there in 400 s.
         """
 
         def healthy() -> bool:
