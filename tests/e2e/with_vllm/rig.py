@@ -249,13 +249,18 @@ class VllmServer:
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
-        end = time.monotonic() + 5
-        while self.pids() and time.monotonic() < end:
-            time.sleep(0.1)
-        if self.pids():  # while one of the group lives, its number is nobody else's
+        if not self._gone(5.0):  # while one of the group lives, its number is nobody else's
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self._gone(30.0)
         return self.process.wait(30)
+
+    def _gone(self, seconds: float) -> bool:
+        """Whether all its processes have ended, after at most so many seconds."""
+        end = time.monotonic() + seconds
+        while (left := self.pids()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not left
 
     def close(self) -> None:
         """End everything of it."""
