@@ -60,6 +60,7 @@ def vllm_server(
     are few, so tests of one set of flags stand together.
     """
     running: dict[Any, VllmServer] = {}
+    failed: dict[Any, Exception] = {}
 
     def stop_all() -> None:
         while running:
@@ -70,11 +71,18 @@ def vllm_server(
         found = running.get(key)
         if found is not None and found.process.poll() is None:
             return found
+        if key in failed:  # what did not start for one test is not waited for by the next ones too
+            raise RuntimeError("no such server started for an earlier test") from failed[key]
         stop_all()
         place = new_hub_place()
         made = VllmServer(vllm_python, checkpoint, place, Meters(place, gpus, nvml_library), flags, env)
         running[key] = made
-        made.ready()
+        try:
+            made.ready()
+        except Exception as error:
+            failed[key] = error
+            stop_all()
+            raise
         return made
 
     yield serve

@@ -33,7 +33,7 @@ FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
 ENGINE = {"max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "distributed_executor_backend": "uni"}
 """Arguments of ``LLM`` for an engine in the program's own process (together with ``IN_PROCESS``)."""
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-START_S = 240.0
+START_S = 400.0
 """Patience with the start of a server: half a minute alone on two cores, more beside others."""
 
 
@@ -187,7 +187,7 @@ class VllmServer:
 
         Raises:
             RuntimeError: it ended; with what it said.
-            TimeoutError: it did not get there in 240 s.
+            TimeoutError: it did not get there in 400 s.
         """
 
         def healthy() -> bool:
@@ -250,13 +250,18 @@ class VllmServer:
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
-        end = time.monotonic() + 5
-        while self.pids() and time.monotonic() < end:
-            time.sleep(0.1)
-        if self.pids():  # while one of the group lives, its number is nobody else's
+        if not self._gone(5.0):  # while one of the group lives, its number is nobody else's
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self._gone(30.0)
         return self.process.wait(30)
+
+    def _gone(self, seconds: float) -> bool:
+        """Whether all its processes have ended, after at most so many seconds."""
+        end = time.monotonic() + seconds
+        while (left := self.pids()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not left
 
     def close(self) -> None:
         """End everything of it."""
