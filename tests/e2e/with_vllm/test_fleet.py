@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.with_vllm.books import check_balance, told
+from tests.e2e.with_vllm.books import check_balance, mark, told
 from tests.e2e.with_vllm.clients import fire, mixed
 from tests.e2e.with_vllm.rig import VllmServer, gpu
 
@@ -18,6 +18,7 @@ FLAGS = ("--data-parallel-size", "2", "--api-server-count", "2")
 def test_two_servers_two_engines(vllm_server: Callable[..., VllmServer], capsys: pytest.CaptureFixture[str]) -> None:
     """64 requests, a third of whose clients leave: tokens are the servers' counters, each GPU's books balance to 1e-9."""
     server = vllm_server(*FLAGS, env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, gpus=2)
+    since = mark(server)
     answers = fire(server.url, mixed(64, leave_every=3))
     server.rest()
     spans = told(server, 64)
@@ -27,7 +28,7 @@ def test_two_servers_two_engines(vllm_server: Callable[..., VllmServer], capsys:
     for answer in (answer for answer in answers if not answer.left):
         (span,) = [span for span in spans if str(span.of("gen_ai.response.id")).startswith(answer.id)]
         assert span.of("gen_ai.usage.output_tokens") == answer.tokens("completion")
-    figures = check_balance(server, spans, gpus=2)
+    figures = check_balance(server, spans, since, gpus=2)
     # A request is computed by one of the engines, and has joules of that engine's GPU alone.
     used = [{name for name in span.of("melodi.energy.devices") or () if name.startswith("GPU-")} for span in spans]
     assert {frozenset(names) for names in used if names} == {frozenset({gpu(0)}), frozenset({gpu(1)})}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.with_vllm.books import Told, check_balance, told
+from tests.e2e.with_vllm.books import Mark, Told, check_balance, mark, told
 from tests.e2e.with_vllm.clients import Answer, Ask, fire, mixed
 from tests.e2e.with_vllm.rig import PACKAGE, VllmServer, gpu
 
@@ -24,6 +24,7 @@ class Day:
     answers: list[Answer]
     spans: list[Told]
     counted: dict[str, float]
+    since: Mark
 
     def of(self, answer: Answer) -> list[Told]:
         """The spans of an answer: one per prompt."""
@@ -34,6 +35,7 @@ class Day:
 def day(vllm_server: Callable[..., VllmServer]) -> Day:
     """64 requests at once, then one at a time: several answers, several prompts, a repeated long prompt, a client that leaves."""
     server = vllm_server()
+    since = mark(server)
     asks = mixed(64)
     answers = fire(server.url, asks)
     long = "the quick brown fox jumps over the lazy dog " * 16
@@ -49,7 +51,7 @@ def day(vllm_server: Callable[..., VllmServer]) -> Day:
     server.rest()
     spans = told(server, 64 + 1 + 3 + 4)
     kinds = ("prompt", "generation")
-    return Day(server, answers, spans, {kind: server.counted(f"{kind}_tokens_total") for kind in kinds})
+    return Day(server, answers, spans, {kind: server.counted(f"{kind}_tokens_total") for kind in kinds}, since)
 
 
 def test_one_span_per_prompt(day: Day) -> None:
@@ -124,7 +126,7 @@ def test_says_what_it_does(day: Day) -> None:
 
 def test_books(day: Day, capsys: pytest.CaptureFixture[str]) -> None:
     """Requests and buckets sum to the counters, to 1e-9, on the package and the GPU; loading the model is in them."""
-    figures = check_balance(day.server, day.spans)
+    figures = check_balance(day.server, day.spans, day.since)
     assert figures[gpu(0)]["loading"] > 0
     with capsys.disabled():
         print(f"\n  72 requests: { ({name: figures[name] for name in (PACKAGE, gpu(0))}) }", end="")
