@@ -59,6 +59,7 @@ class Config:
     label_values: tuple[tuple[str, tuple[str, ...]], ...] = ()
     label_hash: bool = False
     label_hash_key: str | None = field(default=None, repr=False)
+    answer_energy: bool = False
     console: bool = False
     record: str | None = None
     carbon_intensity: float | None = None
@@ -306,6 +307,9 @@ VARIABLES: Final[dict[str, Variable]] = {
         "any text, kept secret",
         "The key of that hash; setting it turns hashing on.",
         secret=True,
+    ),
+    "MELODI_ANSWER_ENERGY": Variable(
+        "answer_energy", _flag, _FLAG, "1 puts the joules known so far into the `usage` of a server's answers."
     ),
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
     "MELODI_RECORD": Variable(

@@ -40,6 +40,7 @@ from melodi_otel.publishing import Publisher
 from melodi_otel.sources.discovery import gpus_of
 from melodi_otel.station import Station
 from melodi_otel.status import HubStatus, ModelTotals, Reporter
+from melodi_otel.telemetry.answers import Answers
 from melodi_otel.telemetry.detector import host_resource
 from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
@@ -95,6 +96,7 @@ class HubProcess:
         self._stop = threading.Event()
         self._closed = False
         self._models = ModelTotals()
+        self._answers = Answers()
         self._observers: list[Observer] = [self._models]
         self._reporter: Reporter | None = None
         self._guard = guard_of(config)
@@ -276,10 +278,15 @@ class HubProcess:
         self._meters.instruments()
         self._observers.append(self._meters)
         if config.metrics_addr != "off":
-            self._scrape = ScrapePipeline(replace(views, calls=True, whose=True), resource)
+            self._scrape = ScrapePipeline(replace(views, calls=True, whose=True, page=True), resource)
             self._observers.append(self._scrape.instruments)
             self._endpoint = serve(
-                config.metrics_addr, self._scrape.registry, status=self.status, ready=self.ready, guard=self._guard
+                config.metrics_addr,
+                self._scrape.registry,
+                status=self.status,
+                ready=self.ready,
+                answer=self._answers.get,
+                guard=self._guard,
             )
             self._tell_address()
 
@@ -313,9 +320,12 @@ class HubProcess:
         if self._scrape is not None:
             self._scrape.instruments.sampled(seconds)
 
-    def _observed(self, session: Session, told: wire.Observed) -> None:
+    def _observed(self, session: Session, told: wire.Observed | wire.Promised) -> None:
         hello = session.hello
         if hello is None:
+            return
+        if isinstance(told, wire.Promised):
+            self._answers.promised(told.answer, session.uid)
             return
         record = _record(session.group, hello, told)
         for observer in self._observers:
@@ -323,6 +333,7 @@ class HubProcess:
                 observer.finished(record)
             except Exception:
                 log.exception("a finished request cannot be shown")
+        self._answers.finished(record, session.uid)
 
 
 def calm_collector() -> None:
@@ -354,7 +365,14 @@ def _record(group: str, hello: wire.Hello, told: wire.Observed) -> RequestRecord
         outcome=told.outcome,
         error_type=told.error_type,
         finish_reasons=(),
-        energy=replace(unavailable("no_source"), total=told.total, scope=told.scope, quality=told.quality, reason=None),
+        energy=replace(
+            unavailable("no_source"),
+            total=told.total,
+            uncertainty=told.uncertainty,
+            scope=told.scope,
+            quality=told.quality,
+            reason=None,
+        ),
         trace_id=int.from_bytes(told.trace, "big"),
         span_id=int.from_bytes(told.span, "big"),
         sampled=bool(told.trace),
@@ -362,6 +380,8 @@ def _record(group: str, hello: wire.Hello, told: wire.Observed) -> RequestRecord
         instrumented=told.instrumented,
         service=hello.service,
         namespace=hello.namespace,
+        rendered=hello.renders or told.rendered,
+        answer=told.answer,
     )
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from melodi_otel import __version__, semconv
@@ -29,10 +30,9 @@ from melodi_otel.hub import wire
 from melodi_otel.hub.choice import Choice
 from melodi_otel.hub.client import HubClient, Onwards
 from melodi_otel.hub.moving import MovingMeter
-from melodi_otel.instrumentation.asgi import AsgiInstrumentor
 from melodi_otel.instrumentation.seam import Library
-from melodi_otel.instrumentation.transformers import TransformersInstrumentor
-from melodi_otel.instrumentation.vllm import VllmInstrumentor
+from melodi_otel.libraries import libraries
+from melodi_otel.promising import Promises
 from melodi_otel.publishing import Publisher
 from melodi_otel.results.measure import Measurement
 from melodi_otel.results.store import Store
@@ -42,12 +42,12 @@ from melodi_otel.sources.discovery import gpus_of
 from melodi_otel.station import Station
 from melodi_otel.status import ModelTotals
 from melodi_otel.telemetry.deferral import Deferral
-from melodi_otel.telemetry.detector import host_resource
+from melodi_otel.telemetry.detector import host_resource, said
 from melodi_otel.telemetry.foreign import ForeignSpans
 from melodi_otel.telemetry.guard import guard_of
 from melodi_otel.telemetry.http import Endpoint, serve
 from melodi_otel.telemetry.metrics import Configured, Hardware, Views
-from melodi_otel.telemetry.origins import from_headers
+from melodi_otel.telemetry.own_page import OwnPage
 from melodi_otel.telemetry.providers import MeterSeam, ScrapePipeline
 from melodi_otel.telemetry.requests import RequestCalls
 from melodi_otel.telemetry.tracers import TracerSeam
@@ -126,8 +126,8 @@ class Runtime:
         meter = self._moving or self.station.ledger
         self._meter = meter
         resource = host_resource(config, environ, *gpus_of(self.discovery))
-        self._service = _service(resource.attributes.get(semconv.SERVICE_NAME))
-        self._namespace = _service(resource.attributes.get(semconv.SERVICE_NAMESPACE))
+        self._service = said(resource.attributes.get(semconv.SERVICE_NAME))
+        self._namespace = said(resource.attributes.get(semconv.SERVICE_NAMESPACE))
         self._publisher = Publisher()
         if tracers is None:
             deferral = Deferral(
@@ -156,16 +156,19 @@ class Runtime:
         self._scrape: ScrapePipeline | None = None
         self._endpoint: Endpoint | None = None
         self._models = ModelTotals()
-        observers: list[Observer] = [self.store, self._meters, self._models, Onwards(lambda: self.hub)]
+        self._own_page = OwnPage(views, resource)
+        self._promises = Promises(lambda: self.ledger, lambda: self.hub)
+        onwards = Onwards(lambda: self.hub)
+        observers: list[Observer] = [self.store, self._meters, self._models, onwards, self._own_page, self._promises]
         self._reporter = self.station.reporter(
             "local",
             models=self._models,
             publisher=self._publisher,
             spans_waiting=lambda: self._deferral.counts().deferred,
-            host_id=_service(resource.attributes.get(semconv.HOST_ID)),
+            host_id=said(resource.attributes.get(semconv.HOST_ID)),
         )
         if config.metrics_addr and config.metrics_addr != "off":
-            self._scrape = ScrapePipeline(views, resource)
+            self._scrape = ScrapePipeline(replace(views, page=True), resource)
             observers.append(self._scrape.instruments)
         labels = whose.finder(resource.attributes)
         self.calls = RequestCalls(
@@ -179,6 +182,9 @@ class Runtime:
             namespace=self._namespace,
             labels=labels,
             late=self._tracers.late,
+            rendered=lambda: self._own_page.on,
+            promised=self._promises.promised,
+            accrued=self._promises.accrued,
         )
         foreign = None
         if config.foreign_spans != "off":
@@ -194,11 +200,7 @@ class Runtime:
                 labels=labels,
             )
         self._deferral.watch(foreign)
-        self._libraries: dict[str, Library] = {
-            "transformers": TransformersInstrumentor(self.calls, environ),
-            "vllm": VllmInstrumentor(self.calls, from_headers, devices=config.engine_devices or ()),
-            "asgi": AsgiInstrumentor(whose.headers, user=whose.body, active=whose.served),
-        }
+        self._libraries = libraries(self.calls, config, environ, whose, self._own_page)
         self._lock = threading.Lock()
         self._started = False
         in_child(self._forked)
@@ -385,6 +387,7 @@ class Runtime:
             self._endpoint = None
         if self._scrape is not None:
             self._scrape.close()
+        self._own_page.close()
         self._publisher.close()
         if self.sharing and os.environ.get(GROUP_VARIABLE) == self.group:
             del os.environ[GROUP_VARIABLE]
@@ -413,6 +416,7 @@ class Runtime:
                 environ=os.environ if self.sharing else None,
                 status=self._reporter.json,
                 ready=self.station.not_ready,
+                answer=self._promises.get,
                 guard=self._guard,
             )
 
@@ -426,8 +430,9 @@ class Runtime:
     def _client(self, connect: Any, resume: Any, *, welcomed: Any, lost: Any) -> HubClient:
         alone = "vllm" not in sys.modules  # else requests and steps of one engine come from several processes
         hello = wire.Hello(
-            wire.VERSION, __version__, self._name, self.group, alone, self._service, self._namespace, False, []
-        )
+            wire.VERSION, __version__, self._name, self.group, alone, self._service, self._namespace,
+            self._own_page.on, [],
+        )  # fmt: skip
         return HubClient(
             connect,
             hello,
@@ -486,11 +491,6 @@ class Runtime:
         self._meters.sampled(seconds)
         if self._scrape is not None:
             self._scrape.instruments.sampled(seconds)
-
-
-def _service(value: object) -> str | None:
-    text = str(value) if value else ""
-    return None if not text or text.startswith("unknown_service") else text
 
 
 if __name__ == "__main__":

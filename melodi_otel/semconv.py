@@ -73,6 +73,7 @@ GEN_AI_OPERATION: Final = "gen_ai.operation.name"
 GEN_AI_PROVIDER: Final = "gen_ai.provider.name"
 GEN_AI_REQUEST_MODEL: Final = "gen_ai.request.model"
 GEN_AI_REQUEST_STREAM: Final = "gen_ai.request.stream"
+GEN_AI_RESPONSE_ID: Final = "gen_ai.response.id"
 GEN_AI_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
 GEN_AI_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
 GEN_AI_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
@@ -190,6 +191,7 @@ GEN_AI_ATTRIBUTES: Final = (
     Attribute(GEN_AI_PROVIDER, "string", "", "Who computed: transformers, vllm, …"),
     Attribute(GEN_AI_REQUEST_MODEL, "string", "", "The model that was asked for."),
     Attribute(GEN_AI_REQUEST_STREAM, "boolean", "", "Present and true where the answer was streamed."),
+    Attribute(GEN_AI_RESPONSE_ID, "string", "", "The server's id of the answer, where it has one."),
     Attribute(GEN_AI_INPUT_TOKENS, "int", "{token}", "Prompt tokens, cached ones included."),
     Attribute(GEN_AI_CACHED_TOKENS, "int", "{token}", "Prompt tokens that a cache already held."),
     Attribute(GEN_AI_OUTPUT_TOKENS, "int", "{token}", "Tokens produced."),

@@ -32,6 +32,8 @@ class RequestRecord:
         compile_warmup: True: torch.compile worked while it ran, so time and joules are those of a warm-up as well.
         instrumented: False: only somebody else's span tells of it, whose instrumentation reports its tokens and times itself.
         service, namespace: of the program that made it, where that is another one; None: of this one.
+        rendered: its program shows it on a page of its own: no page of ours does, too.
+        answer: id of the answer that promises its joules, or None.
     """
 
     key: Key
@@ -61,6 +63,8 @@ class RequestRecord:
     instrumented: bool = True
     service: str | None = None
     namespace: str | None = None
+    rendered: bool = False
+    answer: str | None = None
 
     @property
     def duration_s(self) -> float:

@@ -330,8 +330,18 @@ class Outbox:
                 record.trace_id.to_bytes(16, "big") if sampled else b"",
                 record.span_id.to_bytes(8, "big") if sampled else b"",
                 fitting.labels(record.labels),
+                record.rendered,
+                None if record.answer is None else fitting.text(record.answer),
+                energy.uncertainty,
             )
         )
+
+    def promise(self, answer: str) -> None:
+        """Let the hub know that an answer promises the joules of one more request."""
+        if self._room(1):
+            self._put(wire.Promised(answer))
+        else:
+            self._dropped()
 
     def unknown(self, key: Key, opened: Since, t1_ns: int, reason: Reason) -> list[Share]:
         """Shares that say why nothing is known, one per device that the request may have used."""

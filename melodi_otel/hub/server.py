@@ -67,7 +67,7 @@ class Host:
         wait_s: how long a span should wait, in seconds.
         url: of the metrics page, or None.
         status: the status page's data.
-        observed: called with (session, observation).
+        observed: called with (session, observation or promise).
         joined: called with (group, pid) of a program that greeted, and ``left`` with the same when it is gone.
         settled: called after each settling, on the loop; must be quick.
     """
@@ -80,7 +80,7 @@ class Host:
     wait_s: Callable[[], float]
     url: Callable[[], str | None]
     status: Callable[[], dict[str, Any]]
-    observed: Callable[[Session, wire.Observed], None]
+    observed: Callable[[Session, wire.Observed | wire.Promised], None]
     joined: Callable[[str, int], None]
     left: Callable[[str, int], None]
     settled: Callable[[], None]

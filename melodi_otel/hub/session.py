@@ -54,7 +54,7 @@ class Session:
         uid: the user at the other end; None where the system does not tell.
         pid: its process, 0 where it cannot be seen from here.
         finished: called with (this, request id, shares) when joules are final, while the ledger settles.
-        observed: called with what metrics shall show.
+        observed: called with what metrics shall show, and with what answers promise.
         refuse: counts.
         names: of this user; None: this connection's own.
     """
@@ -65,7 +65,7 @@ class Session:
         uid: int | None,
         pid: int,
         finished: Callable[[Session, str, list[Share]], None],
-        observed: Callable[[Session, wire.Observed], None],
+        observed: Callable[[Session, wire.Observed | wire.Promised], None],
         refuse: Refusals,
         names: Names | None = None,
     ) -> None:
@@ -104,6 +104,7 @@ class Session:
             wire.Forgone: self._forgo,
             wire.Unseen: self._unseen,
             wire.Observed: self._observe,
+            wire.Promised: self._promise,
             wire.Got: self._got,
             wire.Answered: self._answered,
         }
@@ -283,6 +284,9 @@ class Session:
             message = msgspec.structs.replace(
                 message, model=OTHER, provider=None, operation=None, error_type=message.error_type and OTHER, scope=None
             )
+        self._observed(self, message)
+
+    def _promise(self, message: wire.Promised) -> None:
         self._observed(self, message)
 
     def _got(self, message: wire.Got) -> None:

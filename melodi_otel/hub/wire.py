@@ -97,7 +97,8 @@ class Hello(Message, tag=1, frozen=True):
         alone: its engines and requests are its own; False: it shares both with other processes of its group (an engine
             whose steps are told by another process than its requests).
         service, namespace: of its telemetry.
-        renders: it serves its own observations itself; the hub does not show them.
+        renders: it serves its own observations itself; the hub does not show them. Where it begins to do so later,
+            :class:`Observed` says it of each.
         resume: ids of requests that another hub knew, whose joules so far are asked for.
     """
 
@@ -225,6 +226,9 @@ class Observed(Message, tag=10, frozen=True):
     trace: Trace
     span: Trace
     labels: Labels
+    rendered: bool = False
+    answer: Text | None = None
+    uncertainty: Joules | None = None
 
 
 class Answered(Message, tag=11, frozen=True):
@@ -252,6 +256,12 @@ class StatusAsked(Message, tag=14, frozen=True):
     """What does the hub's status page show?"""
 
     question: Count
+
+
+class Promised(Message, tag=15, frozen=True):
+    """An answer with this id promises the joules of one more request; its observation names the same id."""
+
+    answer: Text
 
 
 # --- from a hub to a program -------------------------------------------------------------------------------------------
@@ -341,7 +351,7 @@ class StatusAnswered(Message, tag=39, frozen=True):
 
 ToHub: TypeAlias = (
     Hello | EngineTold | Opened | Bound | Progressed | Stepped | Closed | Forgone | Unseen | Observed | Answered | Got
-    | Between | StatusAsked
+    | Between | StatusAsked | Promised
 )  # fmt: skip
 ToProgram: TypeAlias = Welcome | Refused | Ask | Settled | Accrued | BetweenAnswered | StatusAnswered | Resumed
 

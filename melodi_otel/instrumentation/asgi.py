@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextvars import Token
 from types import ModuleType
 from typing import Any, Final
@@ -26,7 +26,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 from melodi_otel.instrumentation.patches import Patches
-from melodi_otel.instrumentation.seam import INCOMING, Incoming, incoming
+from melodi_otel.instrumentation.seam import INCOMING, Incoming, Origin, incoming
 
 log = logging.getLogger("melodi_otel")
 
@@ -73,11 +73,19 @@ class AsgiInstrumentor:
 
     Args:
         headers, user: as for :class:`LabelMiddleware`.
-        active: False: no rule asks for anything that a request says, and nothing is patched.
+        origin: what the headers of a request say about its trace and its baggage; None: nobody asks for that.
+        active: False: nobody asks for anything that a request says, and nothing is patched.
     """
 
-    def __init__(self, headers: Iterable[str] = (), *, user: bool = False, active: bool = True) -> None:
-        self._door = Door(headers, user=user)
+    def __init__(
+        self,
+        headers: Iterable[str] = (),
+        *,
+        user: bool = False,
+        origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
+        active: bool = True,
+    ) -> None:
+        self._door = Door(headers, user=user, origin=origin)
         self._active = active
         self._patches = Patches()
         self._on = False
@@ -125,9 +133,17 @@ class Door:
     Args:
         headers: names of the headers to look at.
         user: whether to look for the user in JSON bodies.
+        origin: what all the headers say about trace and baggage, where no span is current; None: that is not asked.
     """
 
-    def __init__(self, headers: Iterable[str], *, user: bool) -> None:
+    def __init__(
+        self,
+        headers: Iterable[str],
+        *,
+        user: bool,
+        origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
+    ) -> None:
+        self._origin = origin
         self._names = {name.lower().encode("latin-1", "replace"): name.lower() for name in headers}
         self._user = user
 
@@ -155,13 +171,16 @@ class Door:
         headers, is_json = self._read(scope.get("headers") or ())
         user = None
         span = trace.get_current_span()
+        origin = None
+        if self._origin is not None and not span.get_span_context().is_valid:
+            origin = self._origin(_by_name(scope.get("headers") or ()))
         if before is not None:
             # The program has put a middleware there itself: what both have found holds.
             headers, user, span = {**before[1].headers, **headers}, before[1].user, before[1].span or span
         if user is None and self._user and is_json and scope["type"] == "http":
             body = Body(receive)
             user, receive = body.user, body.receive
-        found = Incoming(headers, user, span)
+        found = Incoming(headers, user, span, origin)
         scope[_SEEN] = (self, found)
         token = otel_context.attach(otel_context.set_value(INCOMING, found))
         return (token, incoming.set(found)), receive
@@ -223,6 +242,14 @@ class Body:
             return
         self._parts.append(bytes(part))
         self._whole = not message.get("more_body", False)
+
+
+def _by_name(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for header, value in raw:
+        name, text = header.decode("latin-1").lower(), _decoded(value)
+        found[name] = f"{found[name]},{text}" if name in found else text
+    return found
 
 
 def _leave(token: Token[Context], own: Token[Incoming | None]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
 
@@ -36,11 +36,17 @@ class Incoming:
         headers: those that were asked for, by lower-case name; one that came several times is joined by ``", "``.
         user: reads the ``user`` field of its body, or None where nobody asked for that.
         span: the span that was current when it came in (the server's), or None.
+        origin: the trace and the baggage that its headers name, where no span was current, or None.
+        calls: model calls that were made for it, for what its answer says of them.
+        answer: the id under which that answer promises their joules, once there is one.
     """
 
     headers: Mapping[str, str]
     user: Callable[[], str | None] | None = None
     span: object = None
+    origin: Origin | None = None
+    calls: list[Any] = field(default_factory=list[Any])
+    answer: list[str] = field(default_factory=list[str])
 
 
 @dataclass(slots=True)
@@ -62,6 +68,7 @@ class Begin:
         user: who asked, where the request itself says so (OpenAI's ``user``, ``safety_identifier``). It is a label and no
             span attribute.
         adapter: name of the LoRA or other adapter that computes, or None.
+        answer: the id under which its answer promises its joules, or None.
     """
 
     operation: str
@@ -78,6 +85,7 @@ class Begin:
     origin: Origin | None = None
     user: str | None = None
     adapter: str | None = None
+    answer: str | None = None
 
 
 @dataclass(slots=True)
@@ -147,6 +155,10 @@ class Calls(Protocol):
 
     def begin(self, begin: Begin) -> OpenCall:
         """Open the activity and start the span. Never raises."""
+        ...
+
+    def so_far(self, answer: str, keys: Sequence[Key]) -> Mapping[str, Any]:
+        """What is known by now of the energy of these requests, as their answer tells it. Does not wait."""
         ...
 
 

@@ -109,3 +109,9 @@ def _config(environ: Mapping[str, str]) -> Config:
         field = name.removeprefix("MELODI_").lower()
         config = replace(config, **{field: getattr(one, field)})
     return config
+
+
+def said(value: object) -> str | None:
+    """An attribute of a resource as text; None: it is absent, or the SDK's name for a service that has none."""
+    text = str(value) if value else ""
+    return None if not text or text.startswith("unknown_service") else text

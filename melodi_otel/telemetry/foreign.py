@@ -4,7 +4,8 @@ In one trace one span per request carries ``melodi.energy.total``; the others th
 carry ``melodi.energy.rollup``::
 
     a span encloses requests (of ours, or of a span further in)   -> rollup: their sum
-    it tells of a request that has a span already                 -> rollup: that request's joules
+    it tells of a request that has a span already, perhaps in
+    another trace (the engine's id of it says so)                 -> rollup: that request's joules
     neither, and its model ran on this host                       -> total: the span is the request, over [start, end]
     neither, and its model ran elsewhere, or nobody knows where   -> as it is
 
@@ -153,6 +154,11 @@ class ForeignSpans(Foreign):
             return Entry(_together(inside), owner=False, output_tokens=seen.output_tokens, sums=True)
         if seen.role != "inference" or not span.start_time or not span.end_time:
             return None
+        # By its id, whatever trace it is in: where no context came with a request, the engine's span begins a trace of its own.
+        named = None if seen.request is None else self._lineage.named(seen.request)
+        if named is not None:
+            self._kinds.pop(kind, None)
+            return Entry(named.shares, owner=False, output_tokens=seen.output_tokens, sums=True)
         twin = self._lineage.same(context.trace_id, span.start_time, span.end_time, kind[0], seen.place)
         if twin is not None:
             self._kinds.pop(kind, None)

@@ -59,6 +59,7 @@ class Seen:
             ``remote``, ``unknown``.
         prompt_tokens, output_tokens: as the model's server counted them, or None.
         outcome, error_type, finish_reasons: how it ended.
+        request: the engine's id of the request, which a span of ours may name as well, or None.
     """
 
     role: Role
@@ -71,6 +72,7 @@ class Seen:
     outcome: Outcome
     error_type: str | None
     finish_reasons: tuple[str, ...]
+    request: str | None = None
 
 
 def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> Seen | None:
@@ -113,6 +115,7 @@ def read(span: ReadableSpan, local_providers: frozenset[str] = frozenset()) -> S
         outcome="error" if failed else "length" if listed and set(listed) <= {"length", "max_tokens"} else "stop",
         error_type=(_text(found, names.ERROR_TYPE) or "_OTHER") if failed else None,
         finish_reasons=listed,
+        request=_text(found, "gen_ai.request.id"),
     )
 
 

@@ -59,10 +59,11 @@ class Endpoint:
         *,
         status: Callable[[], Mapping[str, Any]] | None = None,
         ready: Callable[[], str | None] | None = None,
+        answer: Callable[[str], Mapping[str, Any] | None] | None = None,
         guard: Guard | None = None,
     ) -> None:
         self._guard = guard or Guard()
-        self._site = Site(registry, Complaints("scrape endpoint"), status, ready, self._guard)
+        self._site = Site(registry, Complaints("scrape endpoint"), status, ready, self._guard, answer)
         self._environ: MutableMapping[str, str] = {} if environ is None else environ
         self._candidates = candidates
         self._retry_s = retry_s
@@ -199,6 +200,7 @@ def serve(
     environ: MutableMapping[str, str] | None = None,
     status: Callable[[], Mapping[str, Any]] | None = None,
     ready: Callable[[], str | None] | None = None,
+    answer: Callable[[str], Mapping[str, Any] | None] | None = None,
     guard: Guard | None = None,
 ) -> Endpoint:
     """Serve ``registry``, and with ``status`` a page for people.
@@ -211,6 +213,7 @@ def serve(
         status: what ``/status.json`` holds and ``/`` shows, see :meth:`melodi_otel.status.Reporter.json`; called on the thread
             that answers. None: there is a small index only.
         ready: why the meter is not ready, in one line, or None; None: it is ready once it serves.
+        answer: what is known of the energy of an answer, by its id, or None; None: there are no such pages.
         guard: who may read, see :func:`melodi_otel.telemetry.guard.guard_of`; None: everybody.
 
     Raises:
@@ -223,7 +226,7 @@ def serve(
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{address!r} is no HOST:PORT")
         candidates = [(host.strip("[]"), int(port))]
-    endpoint = Endpoint(registry, candidates, retry_s, environ, status=status, ready=ready, guard=guard)
+    endpoint = Endpoint(registry, candidates, retry_s, environ, status=status, ready=ready, answer=answer, guard=guard)
     endpoint.start()
     return endpoint
 

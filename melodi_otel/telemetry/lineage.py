@@ -13,7 +13,7 @@ themselves. Only open spans are known, and of each trace the newest requests::
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Container
 from concurrent.futures import Future
 from typing import Final
@@ -27,6 +27,8 @@ INSIDE_LIMIT: Final = 10_000
 """Requests that are remembered per open span; beyond, nobody can tell its sum any more."""
 _RECENT: Final = 1_024
 """Requests among which the one is looked for that a span tells of a second time."""
+_NAMED: Final = 20_000
+"""Requests that are remembered by their engine's id, those that run now among them."""
 SCOPE: Final = "melodi_otel"
 """The instrumentation scope of our own spans."""
 
@@ -39,11 +41,13 @@ class Request:
         scope: the instrumentation that told of it.
         place: where the model ran, see ``genai.Seen``.
         told: whether a span beside it has been given its joules.
+        name: the engine's id of it, or None.
     """
 
-    __slots__ = ("_asked", "_shares", "end_ns", "place", "scope", "start_ns", "told", "trace_id")
+    __slots__ = ("_asked", "_shares", "end_ns", "name", "place", "scope", "start_ns", "told", "trace_id")
 
-    def __init__(self, trace_id: int, start_ns: int, scope: str, place: str) -> None:
+    def __init__(self, trace_id: int, start_ns: int, scope: str, place: str, name: str | None = None) -> None:
+        self.name = name
         self.trace_id = trace_id
         self.start_ns = start_ns
         self.scope = scope
@@ -101,6 +105,7 @@ class Lineage:
         self._lock = threading.RLock()
         self._open: dict[int, _Open] = {}
         self._recent: deque[Request] = deque(maxlen=_RECENT)
+        self._named: OrderedDict[str, Request] = OrderedDict()
 
     def started(self, span_id: int, span: ReadableSpan) -> bool:
         """A span began; False where that was known."""
@@ -120,6 +125,11 @@ class Lineage:
     def request(self, made: Request, parent_id: int | None) -> Request:
         """A request begins (or is reported) whose span has this parent: every open span around it is told."""
         self._recent.append(made)
+        if made.name is not None:
+            with self._lock:
+                self._named[made.name] = made
+                while len(self._named) > _NAMED:
+                    self._named.popitem(last=False)
         around = None if parent_id is None else self._open.get(parent_id)
         if around is None:
             return made
@@ -134,6 +144,10 @@ class Lineage:
                     break
                 around = further
         return made
+
+    def named(self, name: str) -> Request | None:
+        """The request of ours that the engine knows by this id."""
+        return self._named.get(name)
 
     def same(self, trace_id: int, start_ns: int, end_ns: int, scope: str, place: str) -> Request | None:
         """The request that a span of this trace, time and place tells of a second time, if there is one.

@@ -78,6 +78,7 @@ class Views:
         counting: whether requests that finish now are counted here (``melodi.requests``); a hub counts those of its programs.
         calls: whether the histograms of single requests are recorded here; on OTLP each program records its own.
         whose: whether those carry the request's ``service.name`` and ``service.namespace``: on a page for several programs.
+        page: whether it is a page: those leave out there what the request's program shows on another one.
     """
 
     snapshot: Callable[[], Snapshot]
@@ -93,6 +94,7 @@ class Views:
     counting: Callable[[], bool] = lambda: True
     calls: bool = True
     whose: bool = False
+    page: bool = False
 
     def clipped(self, labels: Mapping[str, str]) -> dict[str, str]:
         """The labels that a metric of requests carries."""
@@ -191,10 +193,11 @@ class Instruments:
             **_known({names.GEN_AI_REQUEST_MODEL: record.model}),
         }
         context = {"context": _context_of(record)} if self._exemplars else {}
-        if energy.total is not None and views.calls:
+        calls = views.calls and not (views.page and record.rendered)
+        if energy.total is not None and calls:
             attributes = {**call, **_known({names.SCOPE: energy.scope}), names.QUALITY: energy.quality}
             self._request_energy.record(max(0.0, energy.total), attributes, **context)
-        if record.instrumented and views.calls:
+        if record.instrumented and calls:
             self._call(record, call, context)
         if not views.counting():
             return

@@ -1,4 +1,4 @@
-"""What the scrape endpoint answers: ``/metrics``, the status page and its JSON, and whether it lives and is ready."""
+"""What the scrape endpoint answers: ``/metrics``, the status page and its JSON, joules of single answers, its health."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from melodi_otel.telemetry.guard import Guard
 REQUEST_S: Final = 60.0
 """Seconds from one answer to the end of the next one."""
 
+ANSWERS: Final = "/melodi/requests/"
+"""Below this path is the energy of each answer that promised it."""
+
 _INDEX: Final = (
     b"<!doctype html><title>melodi_otel</title><h1>melodi_otel</h1>"
     b"<p>Energy of LLM requests: <a href=/metrics>metrics</a></p>\n"
@@ -43,6 +46,7 @@ class Site:
         status: what ``/status.json`` holds; None: there is no status page.
         ready: why the meter is not ready, in one line, or None; without it, who serves is ready.
         guard: who may read.
+        answer: what is known of the energy of an answer, by its id; None: nothing, or there are no such pages.
     """
 
     registry: CollectorRegistry
@@ -50,6 +54,7 @@ class Site:
     status: Callable[[], Mapping[str, Any]] | None = None
     ready: Callable[[], str | None] | None = None
     guard: Guard = field(default_factory=Guard)
+    answer: Callable[[str], Mapping[str, Any] | None] | None = None
 
 
 class Page(NamedTuple):
@@ -112,6 +117,8 @@ class Handler(BaseHTTPRequestHandler):
             self._ready()
         elif path == "/status.json" and self.server.site.status is not None:
             self._status(self.server.site.status)
+        elif path.startswith(ANSWERS) and self.server.site.answer is not None:
+            self._energy_of(self.server.site.answer, path.removeprefix(ANSWERS))
         else:
             also = " /status.json" if self.server.site.status is not None else ""
             body = f"there is no {path[:100]!a} here, only / /metrics{also} /livez /readyz\n"
@@ -177,6 +184,18 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, b"the status cannot be told\n")
             return
         self._compressed("application/json", body, ("Cache-Control", "no-store"))
+
+    def _energy_of(self, answer: Callable[[str], Mapping[str, Any] | None], name: str) -> None:
+        known = answer(name)
+        if known is None:
+            body = b"no answer is known by this id: it is none, or so many came after it that it is forgotten\n"
+            self._answer(HTTPStatus.NOT_FOUND, _TEXT, body)
+            return
+        # Not final yet: 202 says so to whoever looks at the status only.
+        status = HTTPStatus.OK if known.get("final") else HTTPStatus.ACCEPTED
+        later = () if known.get("final") else (("Retry-After", "1"),)
+        body = json.dumps(known, allow_nan=False).encode()
+        self._answer(status, "application/json", body, ("Cache-Control", "no-store"), *later)
 
     def _metrics(self) -> None:
         try:

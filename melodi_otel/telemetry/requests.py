@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import Token
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context
@@ -23,9 +23,11 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from melodi_otel import semconv as names
 from melodi_otel.attribution.meter import Key, Meter, Share, current
 from melodi_otel.attribution.record import Observer, RequestRecord
+from melodi_otel.attribution.summary import unavailable
 from melodi_otel.clock import Clock
 from melodi_otel.forks import in_child
 from melodi_otel.instrumentation.seam import AttributeValue, Begin, End, Origin
+from melodi_otel.telemetry.answers import Part, figure
 from melodi_otel.telemetry.complaints import Complaints
 from melodi_otel.telemetry.deferral import Deferral, Entry
 from melodi_otel.telemetry.delivery import Reports
@@ -58,6 +60,9 @@ class RequestCalls:
         service, namespace: the service identity that metrics carry, or None.
         labels: finds the configured labels of a request, or None.
         late: who ends the spans of ``tracer`` when their joules are there; None: their processors wait for them.
+        rendered: whether this program shows its requests on a page of its own.
+        promised: is told of an answer that promises the joules of a request.
+        accrued: provisional shares of a request that is not settled.
     """
 
     def __init__(
@@ -74,6 +79,9 @@ class RequestCalls:
         namespace: str | None = None,
         labels: Labels | None = None,
         late: Callable[[], LateEnds | None] = lambda: None,
+        rendered: Callable[[], bool] = lambda: False,
+        promised: Callable[[str], None] | None = None,
+        accrued: Callable[[Key], Sequence[Share]] = lambda _: (),
     ) -> None:
         self._meter = meter
         self._group = group
@@ -91,6 +99,9 @@ class RequestCalls:
             if value
         }
         self._labels = labels
+        self.rendered: Final = rendered
+        self._promised = promised
+        self._accrued = accrued
         self._salt = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._open: dict[Key, _Call] = {}
@@ -116,9 +127,23 @@ class RequestCalls:
             call = _Call(self, Key(self._group, f"{self._salt}-{next(self._numbers)}"), begin)
             try:
                 call.start(self._tracer(), self._late(), self._identity, self._labels)
+                if begin.answer is not None and self._promised is not None:
+                    self._promised(begin.answer)
             except Exception as error:
                 self.complain("begin", error)
         return call
+
+    def so_far(self, answer: str, keys: Sequence[Key]) -> Mapping[str, Any]:
+        """See :meth:`melodi_otel.instrumentation.seam.Calls.so_far`."""
+        parts: list[Part] = []
+        for key in keys:
+            shares = self._accrued(key)
+            energy = self.reports.settle(shares) if shares else unavailable(None)
+            parts.append(Part(energy.total, energy.uncertainty, energy.scope, energy.quality))
+        found = figure(answer, parts, final=False)
+        if "joules" not in found:
+            found.pop("quality", None)  # nothing is known of it yet
+        return found
 
     def origin(self) -> Origin | None:
         """The caller's OpenTelemetry context and its activity, or None where both are empty."""
@@ -216,7 +241,8 @@ class _Call:
         if not context.is_valid:
             return None
         parent = getattr(span, "parent", None)
-        request = Request(context.trace_id, self._wall_ns, SCOPE, "here")
+        name = self._begin.attributes.get(names.GEN_AI_RESPONSE_ID)
+        request = Request(context.trace_id, self._wall_ns, SCOPE, "here", name if isinstance(name, str) else None)
         return self._calls.lineage.request(request, None if parent is None else parent.span_id)
 
     @property
@@ -335,6 +361,8 @@ class _Call:
             sampled=bool(context and context.trace_flags.sampled),
             labels=self._labels,
             parent=self._parent,
+            rendered=self._calls.rendered(),
+            answer=begin.answer,
             compile_warmup=end.attributes.get(names.COMPILE_WARMUP) is True,
         )
 

@@ -64,6 +64,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "zero_code": {"program"},
     "vllm_plugin": {"program"},
     "publishing": set(),
+    "libraries": {"instrumentation", "telemetry"},
+    "promising": {"attribution", "hub", "telemetry"},
     "group_clocks": {"attribution", "processes", "host_pids"},
     "station": ANY,
     "tending": set(),

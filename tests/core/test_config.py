@@ -49,6 +49,7 @@ GOOD = {
     "MELODI_LABEL_VALUES": ("tenant=a| b,team=x", (("tenant", ("a", "b")), ("team", ("x",)))),
     "MELODI_LABEL_HASH": ("yes", True),
     "MELODI_LABEL_HASH_KEY": ("s3cret", "s3cret"),
+    "MELODI_ANSWER_ENERGY": ("1", True),
     "MELODI_CONSOLE": ("true", True),
     "MELODI_RECORD": ("t.jsonl", "t.jsonl"),
     "MELODI_CARBON_INTENSITY": ("350", 350.0),

@@ -48,11 +48,15 @@ TO_HUB = [
         b"\1" * 16,
         b"\2" * 8,
         {},
+        True,
+        "a1",
+        0.5,
     ),
     wire.Answered(3),
     wire.Got(2),
     wire.Between(1, "GPU-0", 5, 6),
     wire.StatusAsked(4),
+    wire.Promised("a1"),
 ]
 TO_PROGRAM = [
     wire.Welcome(1, "0.3", "h", "agent", [Device("GPU-0", "gpu")], False, 5.0, None, [wire.Told("r", False, [SHARE])], True),
@@ -148,12 +152,13 @@ ANY_TO_HUB = st.one_of(
         wire.Observed,
         text, *([st.none() | text] * 3), moment, moment, st.none() | moment, some, some, outcome, st.none() | text,
         st.booleans(), st.none() | st.floats(-1e15, 1e15), st.none() | text, st.just("measured"), st.binary(max_size=16),
-        st.binary(max_size=16), labels,
+        st.binary(max_size=16), labels, st.booleans(), st.none() | text, st.none() | st.floats(0, 1e15),
     ),
     st.builds(wire.Answered, st.integers(0, 1 << 62)),
     st.builds(wire.Got, st.integers(0, 1 << 62)),
     st.builds(wire.Between, count, text, moment, moment),
     st.builds(wire.StatusAsked, count),
+    st.builds(wire.Promised, text),
 )  # fmt: skip
 ANY_TO_PROGRAM = st.one_of(
     st.builds(wire.Ask, st.integers(0, 1 << 62)),

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.sdk.trace import TracerProvider
 
 from melodi_otel.config import Config
-from melodi_otel.instrumentation.asgi import BODY_LIMIT, AsgiInstrumentor, LabelMiddleware
+from melodi_otel.instrumentation.asgi import BODY_LIMIT, AsgiInstrumentor, Door, LabelMiddleware
 from melodi_otel.instrumentation.seam import INCOMING, Incoming, incoming
 from melodi_otel.telemetry.whose import Whose
 
@@ -428,3 +428,44 @@ def test_a_body_read_by_fastapi(instrumentor: AsgiInstrumentor) -> None:
             return (await client.post("/v1/chat/completions", json=body)).json()
 
     assert asyncio.run(ask()) == {"body": json.loads(json.dumps(body)), "labels": {"user": "jane"}}
+
+
+class Trace:
+    """Notes of which headers it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, str]] = []
+
+    def __call__(self, headers: Mapping[str, str]) -> object:
+        self.asked.append(dict(headers))
+        return "an origin"
+
+
+def entered(trace_of: Trace | None, headers: Iterable[tuple[bytes, bytes]]) -> Incoming | None:
+    """What the application finds of a request with these headers."""
+    found: list[Incoming | None] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append(incoming.get())
+
+    asyncio.run(Door((), user=False, origin=trace_of).serve(app, scope_of(headers), None, None))  # type: ignore[arg-type]
+    return found[0]
+
+
+def test_where_a_request_came_from() -> None:
+    """Where no span is current, the headers are asked for the trace and the baggage; a header that came twice is a list."""
+    trace_of = Trace()
+    found = entered(trace_of, [(b"Traceparent", b"00-a"), (b"baggage", b"a=1"), (b"baggage", b"b=2")])
+    assert found is not None
+    assert found.origin == "an origin"
+    assert trace_of.asked == [{"traceparent": "00-a", "baggage": "a=1,b=2"}]
+
+
+def test_a_current_span_knows_better() -> None:
+    """Where the server has a span of its own, no header is asked."""
+    trace_of = Trace()
+    with trace.use_span(TracerProvider().get_tracer("t").start_span("server")):
+        found = entered(trace_of, [(b"traceparent", b"00-a")])
+    assert found is not None
+    assert found.origin is None
+    assert trace_of.asked == []

@@ -317,3 +317,40 @@ def test_errors_of_ours_stay_inside(scene: Scene, caplog: pytest.LogCaptureFixtu
         scene.end(scene.span("chat m", **LOCAL))
     assert scene.attributes("chat m") == LOCAL
     assert len([r for r in caplog.records if "other instrumentations' spans" in r.message]) == 1
+
+
+def named(scene: Scene, name: str, joules: float) -> Any:
+    """A request of ours that the engine knows by `name`, in a trace of its own."""
+    begin = Begin("chat", "vllm", "m", scene.rig.clock.monotonic_ns(), {"gen_ai.response.id": name})
+    call = scene.calls.begin(begin)
+    scene.rig.clock.advance(1.0)
+    return call, joules
+
+
+def test_vllms_own_span_names_the_request(scene: Scene) -> None:
+    """`llm_request` in another trace is told the joules of the request that it names, as a rollup, whoever ends first."""
+    call, joules = named(scene, "cmpl-1-0", 6.0)
+    other = scene.span("llm_request", scope="vllm.tracing.otel", **{"gen_ai.request.id": "cmpl-1-0"})
+    scene.end(other, **{"gen_ai.usage.completion_tokens": 10})
+    call.end(End(scene.rig.clock.monotonic_ns(), output_tokens=10))
+    scene.settle(call.key, joules)
+    found = scene.attributes("llm_request")
+    assert found["melodi.energy.rollup"] == 6.0
+    assert "melodi.energy.total" not in found
+    assert len(scene.rig.meter.said("open")) == 1
+
+
+def test_each_sequence_of_a_request_has_a_span_of_vllm(scene: Scene) -> None:
+    """With n > 1 vllm has a span per sequence: each is told the joules of the one request, and none is a second one."""
+    call, joules = named(scene, "cmpl-1-0", 6.0)
+    for _ in range(2):
+        scene.end(scene.span("llm_request", scope="vllm.tracing.otel", **{"gen_ai.request.id": "cmpl-1-0"}))
+    call.end(End(scene.rig.clock.monotonic_ns(), output_tokens=10))
+    scene.settle(call.key, joules)
+    scene.rig.processor.pump()
+    rollups = [
+        (span.attributes or {}).get("melodi.energy.rollup")
+        for span in scene.rig.captured.ended
+        if span.name == "llm_request"
+    ]
+    assert rollups == [6.0, 6.0]

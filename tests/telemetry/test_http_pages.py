@@ -143,3 +143,26 @@ def test_a_request_that_never_ends_is_cut(serving: Serve, monkeypatch: pytest.Mo
     with socket.create_connection(("127.0.0.1", endpoint.port or 0), timeout=30) as slow:
         slow.sendall(b"GET /livez HT")
         assert slow.recv(100) == b""
+
+
+def test_joules_of_an_answer(serving: Serve) -> None:
+    """The final figure of an answer is 200 and JSON that no cache keeps."""
+    known = {"id": "a", "joules": 3.5, "final": True}
+    status, headers, body = ask(serving(answer={"a": known}.get), "/melodi/requests/a")
+    assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/json", "no-store")
+    assert json.loads(body) == known
+
+
+def test_joules_that_are_not_final(serving: Serve) -> None:
+    """What is not final yet is 202, and says when to come again."""
+    known = {"id": "a", "final": False}
+    status, headers, body = ask(serving(answer={"a": known}.get), "/melodi/requests/a")
+    assert (status, headers["Retry-After"], json.loads(body)) == (202, "1", known)
+
+
+def test_an_answer_that_nobody_knows(serving: Serve) -> None:
+    """An unknown id is 404 and says why it may be one; without answers there are no such pages."""
+    status, _, body = ask(serving(answer={}.get), "/melodi/requests/b")
+    assert status == 404
+    assert b"no answer is known by this id" in body
+    assert ask(serving(), "/melodi/requests/b")[0] == 404

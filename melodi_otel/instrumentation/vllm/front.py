@@ -15,7 +15,8 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from melodi_otel.attribution.meter import EngineId
-from melodi_otel.instrumentation.seam import AttributeValue, Begin, Calls, Origin
+from melodi_otel.instrumentation.seam import AttributeValue, Begin, Calls, Origin, incoming
+from melodi_otel.instrumentation.vllm.answers import Answers
 from melodi_otel.instrumentation.vllm.complaints import Complaints
 from melodi_otel.instrumentation.vllm.facts import model_of, nth_engine, number_of, shape_of
 from melodi_otel.instrumentation.vllm.served import Served, settings_of
@@ -50,6 +51,7 @@ class FrontEnd:
         calls: where they are reported.
         complaints: where our own failures go.
         origin: what the headers that a request was given say about where it came from.
+        answers: what is told in answers; None: nothing.
 
     Attributes:
         adding: the request whose sequences are given to an engine just now, in this context.
@@ -58,9 +60,14 @@ class FrontEnd:
     """
 
     def __init__(
-        self, calls: Calls, complaints: Complaints, origin: Callable[[Mapping[str, str]], Origin | None] | None = None
+        self,
+        calls: Calls,
+        complaints: Complaints,
+        origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._calls = calls
+        self._answers = answers
         self.complaints: Final = complaints
         self._origin = origin
         self._places: WeakKeyDictionary[Any, Place] = WeakKeyDictionary()
@@ -225,8 +232,13 @@ class FrontEnd:
             probe=served.tokens if place.probing else None,
             adapter=adapter,
         )
-        if headers and self._origin is not None:
+        asked = incoming.get()
+        if asked is not None:
+            begin.origin = asked.origin  # it has what vLLM does not pass on: the whole trace context, and baggage
+        if begin.origin is None and headers and self._origin is not None:
             begin.origin = self._origin(headers)
+        if self._answers is not None:
+            begin.answer = self._answers.belongs(served)
         served.call = self._calls.begin(begin)
         return served
 

@@ -17,6 +17,7 @@ import wrapt
 
 from melodi_otel.instrumentation.patches import Patches
 from melodi_otel.instrumentation.seam import Calls, Origin
+from melodi_otel.instrumentation.vllm.answers import Answers
 from melodi_otel.instrumentation.vllm.complaints import Complaints
 from melodi_otel.instrumentation.vllm.cores import Cores, can_be_watched
 from melodi_otel.instrumentation.vllm.facts import number_engine
@@ -30,6 +31,12 @@ ASYNC: Final = "vllm.v1.engine.async_llm"
 SYNC: Final = "vllm.v1.engine.llm_engine"
 CORE: Final = "vllm.v1.engine.core"
 EXECUTOR: Final = "vllm.v1.executor.abstract"
+USAGE: Final = (
+    "vllm.entrypoints.serve.engine.protocol",  # 0.32
+    "vllm.entrypoints.openai.engine.protocol",
+    "vllm.entrypoints.openai.protocol",
+)
+"""Where the tokens of an answer have been described: the class is defined in one of them."""
 
 Wrap = Callable[[Any], Any]
 
@@ -41,6 +48,8 @@ class VllmInstrumentor:
         calls: where they are reported.
         origin: what the headers that a request was given say about where it came from.
         devices: accelerators of all engine cores of this host, where the user names them.
+        show_on: shows finished requests on a registry of prometheus_client; False: they are shown already. None: nowhere.
+        answer_energy: whether answers tell the joules known so far.
     """
 
     def __init__(
@@ -48,9 +57,12 @@ class VllmInstrumentor:
         calls: Calls,
         origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
         devices: Sequence[str] = (),
+        show_on: Callable[[Any], bool] | None = None,
+        answer_energy: bool = False,
     ) -> None:
         self._complaints = Complaints()
-        self._front = FrontEnd(calls, self._complaints, origin)
+        answers = Answers(calls, self._complaints, energy=answer_energy, show_on=show_on)
+        self._front = FrontEnd(calls, self._complaints, origin, answers)
         self._cores = Cores(calls, self._complaints, devices)
         self._patches = Patches()
         self._on = False
@@ -88,7 +100,10 @@ class VllmInstrumentor:
             "vllm.entrypoints.generate.beam_search.online": [
                 ("BeamSearchOnlineMixin", "beam_search", front.beams, True)
             ],
+            "vllm.entrypoints.serve.instrumentator.metrics": [("", "attach_router", answers.page, True)],
         }
+        if answer_energy:
+            self._places |= {name: [("UsageInfo", "__init__", answers.usage, True)] for name in USAGE}
 
     def instrument(self) -> None:
         """Patch what is loaded and what will be; a second time changes nothing."""
@@ -134,7 +149,7 @@ class VllmInstrumentor:
             return
         for owner, name, wrap, optional in self._places[module.__name__]:
             try:
-                self._patches.replace(getattr(module, owner), name, wrap)
+                self._patches.replace(getattr(module, owner) if owner else module, name, wrap)
                 self._cores_patched = self._cores_patched or module.__name__ == CORE
             except AttributeError:
                 level = logging.DEBUG if optional else logging.WARNING

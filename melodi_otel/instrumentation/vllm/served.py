@@ -50,6 +50,11 @@ class Served:
         self._counts: dict[int, int] = {}
         self._ended = False
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self._ended
+
     def joined(self, engine_id: str, state: Any) -> None:
         """A sequence of it is on its way to the engine, which knows it by ``engine_id``."""
         call = self.call
