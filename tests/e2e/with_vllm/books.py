@@ -94,6 +94,12 @@ def check_balance(server: VllmServer, spans: list[Told], since: Mark, gpus: int 
         figures[name] = {"requests": mine, "after their end": rest, "counter": joules, **buckets}
         everything = books[name]["attributed_joules"] + sum(buckets.values())
         assert everything == pytest.approx(since.measured[name] + joules, rel=1e-9)
+    without = [
+        (span.of("melodi.energy.quality"), span.of("melodi.energy.reason"))
+        for span in spans
+        if span.of("melodi.energy.total") is None
+    ]
+    assert not without, without
     in_spans = {kind: sum(span.of(attribute) or 0.0 for span in spans) for kind, attribute in ATTRIBUTE.items()}
     assert in_spans["cpu"] == pytest.approx(figures[PACKAGE]["requests"], rel=1e-9)
     on_gpus = sum(figures[gpu(number)]["requests"] for number in range(gpus))

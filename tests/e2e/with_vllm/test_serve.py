@@ -13,6 +13,8 @@ from tests.e2e.with_vllm.rig import PACKAGE, VllmServer, gpu
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+LEAVE = 8
+"""Clients that go away at their first token: a server on two busy cores may see some of them only when it is done."""
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -33,7 +35,7 @@ class Day:
 
 @pytest.fixture(scope="module")
 def day(vllm_server: Callable[..., VllmServer]) -> Day:
-    """64 requests at once, then one at a time: several answers, several prompts, a repeated long prompt, a client that leaves."""
+    """64 requests at once, then one at a time: several answers, several prompts, a repeated long prompt; then clients that leave."""
     server = vllm_server()
     since = mark(server)
     asks = mixed(64)
@@ -45,19 +47,19 @@ def day(vllm_server: Callable[..., VllmServer]) -> Day:
         Ask(long, max_tokens=4),
         Ask(long, max_tokens=4),
         Ask("a traced request", max_tokens=3, headers={"traceparent": f"00-{TRACE}-{SPAN}-01"}),
-        Ask("somebody who leaves", max_tokens=480, stream=True, leave_after=3),
     ]
     answers += [fire(server.url, [ask])[0] for ask in single]
+    answers += fire(server.url, [Ask(f"{n} leaves", max_tokens=480, stream=True, leave_after=1) for n in range(LEAVE)])
     server.rest()
-    spans = told(server, 64 + 1 + 3 + 4)
+    spans = told(server, 64 + 1 + 3 + 3 + LEAVE)
     kinds = ("prompt", "generation")
     return Day(server, answers, spans, {kind: server.counted(f"{kind}_tokens_total") for kind in kinds}, since)
 
 
 def test_one_span_per_prompt(day: Day) -> None:
-    """64 requests, one with three answers, one with three prompts, four more: each prompt has one span, and no other."""
-    assert len(day.spans) == 64 + 1 + 3 + 4
-    assert [len(day.of(answer)) for answer in day.answers] == [1] * 65 + [3] + [1] * 4
+    """64 requests, one with three answers, one with three prompts, the rest: each prompt has one span, and no other."""
+    assert len(day.spans) == 64 + 1 + 3 + 3 + LEAVE
+    assert [len(day.of(answer)) for answer in day.answers] == [1] * 65 + [3] + [1] * (3 + LEAVE)
 
 
 def test_tokens_are_the_servers(day: Day) -> None:
@@ -86,10 +88,13 @@ def test_chats_are_chats(day: Day) -> None:
 
 def test_who_leaves_has_used_something(day: Day) -> None:
     """A client that goes away ends its span as an abort, with the tokens and joules that it had used."""
-    (span,) = day.of(day.answers[-1])
-    assert 3 <= span.of("gen_ai.usage.output_tokens") < 480
-    assert span.of("gen_ai.response.finish_reasons") in (None, ("abort",), ["abort"])
-    assert span.of("melodi.energy.total") is not None, span.attributes
+    spans = [day.of(answer)[0] for answer in day.answers[-LEAVE:]]
+    early = [span for span in spans if span.of("gen_ai.usage.output_tokens") < 480]
+    assert early, "the server was done before it saw any of them go"
+    for span in early:
+        assert span.of("gen_ai.usage.output_tokens") >= 1
+        assert span.of("gen_ai.response.finish_reasons") in (None, ("abort",), ["abort"])
+        assert span.of("melodi.energy.total") is not None, span.attributes
 
 
 def test_cached_prompt(day: Day) -> None:
@@ -129,4 +134,4 @@ def test_books(day: Day, capsys: pytest.CaptureFixture[str]) -> None:
     figures = check_balance(day.server, day.spans, day.since)
     assert figures[gpu(0)]["loading"] > 0
     with capsys.disabled():
-        print(f"\n  72 requests: { ({name: figures[name] for name in (PACKAGE, gpu(0))}) }", end="")
+        print(f"\n  {len(day.spans)} requests: { ({name: figures[name] for name in (PACKAGE, gpu(0))}) }", end="")
