@@ -35,7 +35,7 @@ class Day:
 
 @pytest.fixture(scope="module")
 def day(vllm_server: Callable[..., VllmServer]) -> Day:
-    """64 requests at once, then one at a time: several answers, several prompts, a repeated long prompt; then clients that leave."""
+    """64 requests at once, then one by one: several answers, several prompts, a long prompt twice; then clients that leave."""
     server = vllm_server()
     since = mark(server)
     asks = mixed(64)
