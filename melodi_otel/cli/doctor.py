@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from melodi_otel.cli import doctor_hub
+from melodi_otel.cli import doctor_hub, doctor_vllm
 from melodi_otel.config import INTERNAL, VARIABLES, Config
 from melodi_otel.errors import ConfigError
 from melodi_otel.hub.presence import Presence
@@ -118,6 +118,7 @@ def examine(
         },
         "destinations": destinations(config, environ),
         "libraries": {name: find(name) for name in _LIBRARIES},
+        "vllm": doctor_vllm.as_data(find("vllm"), environ),
         "user": {"name": environ.get("USER"), "id": os.getuid() if hasattr(os, "getuid") else None},
         "platform": {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()},
     }
@@ -246,3 +247,6 @@ def show(report: Mapping[str, Any]) -> None:
     screen.print("Libraries", style="bold")
     for name, found in report["libraries"].items():
         screen.print(f"  {name}: {found or 'not installed'}", markup=False, soft_wrap=True)
+    if report["vllm"] is not None:
+        for line in doctor_vllm.lines(report["vllm"]):
+            screen.print(f"  {line}", markup=False, soft_wrap=True)
