@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Final
 
 from melodi_otel.attribution.books import Phase, Who
-from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Reason, Share, Tier
 
 log = logging.getLogger("melodi_otel")
 
@@ -115,6 +115,7 @@ class Activity:
         "progress_n",
         "progress_t",
         "prompt_tokens",
+        "reason",
         "rows",
         "settled",
         "step_devices",
@@ -146,6 +147,7 @@ class Activity:
         self.outcome: Outcome | None = None
         # Reported when it was over: it is no part of any interval, and what it takes it takes at the end.
         self.late: Late | None = None
+        self.reason: Reason | None = None
         self.late_covered_ns: dict[str, float] = {}
         self.last_step_ns: int | None = None
         self.progress_t: list[int] = []

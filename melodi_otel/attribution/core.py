@@ -16,7 +16,7 @@ from melodi_otel.attribution.closing import may_close
 from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
-from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Share, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Reason, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
 from melodi_otel.attribution.roster import ADOPT_NS, Roster
 from melodi_otel.attribution.state import State
@@ -179,6 +179,7 @@ class Core:
         thread: int | None,
         probe: Probe | None,
         late: Late | None,
+        reason: Reason | None,
     ) -> None:
         if key in self.roster.activities and not self.roster.activities[key].anonymous:
             log.warning("melodi_otel: request %s was opened twice; the second time is left out", key.request)
@@ -190,6 +191,7 @@ class Core:
         activity.model, activity.who = model, self._same.setdefault(who, who)
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
+        activity.reason = reason
         self.roster.add(activity)
         self.changed = True
         if engine is not None:

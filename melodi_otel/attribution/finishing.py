@@ -126,6 +126,7 @@ def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
         known.interval_ns,
         known.foreign,
         known.unbased,
+        activity.reason,
     )
 
 
@@ -219,7 +220,7 @@ def _reason(it: SoFar, known: Known, coverage: float) -> Reason | None:
         if known.gone:
             return "device_lost"
         return "counter_reset" if it.reset else "no_samples"
-    return "devices_assumed" if it.assumed else None
+    return it.part or ("devices_assumed" if it.assumed else None)
 
 
 def _quality(
@@ -231,7 +232,7 @@ def _quality(
     duration_s: float,
     reason: Reason | None,
 ) -> Quality:
-    if coverage < FULL_COVERAGE:
+    if coverage < FULL_COVERAGE or reason == "phase_elsewhere":
         return "partial"
     if known.device.estimated:
         return "estimated"

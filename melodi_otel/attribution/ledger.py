@@ -28,6 +28,7 @@ from melodi_otel.attribution.meter import (
     Outcome,
     Prefill,
     Probe,
+    Reason,
     Share,
     Tier,
 )
@@ -207,10 +208,12 @@ class Ledger:
         thread: int | None = None,
         probe: Probe | None = None,
         late: Late | None = None,
+        reason: Reason | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
         named = devices_given(self._engine_devices if engine is not None else None, devices)
-        arguments = (key, t_ns, engine, named, model, prompt_tokens, cached_tokens, labels, parent, thread, probe, late)
+        tokens = (prompt_tokens, cached_tokens)
+        arguments = (key, t_ns, engine, named, model, *tokens, labels, parent, thread, probe, late, reason)
         self._inbox.append((self._core.open, arguments))
         self._count(1, t_ns)
 

@@ -179,9 +179,11 @@ class Meter(Protocol):
         thread: int | None = None,
         probe: Probe | None = None,
         late: Late | None = None,
+        reason: Reason | None = None,
     ) -> None:
         """A request begins. ``thread`` is the native id of the thread that computes it, where one does; ``late``: it is
-        over already, and its close follows.
+        over already, and its close follows; ``reason``: why what is measured here is a part of what it uses
+        (``phase_elsewhere``), whatever is covered.
         """
         ...
 

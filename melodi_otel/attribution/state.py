@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from melodi_otel.attribution.books import Bucket, Phase, Who
-from melodi_otel.attribution.meter import Key, Tier
+from melodi_otel.attribution.meter import Key, Reason, Tier
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Reading
 
@@ -64,6 +64,7 @@ class SoFar(NamedTuple):
         busy_ns, company_ns, intervals, interval_ns: how long it was there, with how many, in how many intervals.
         foreign: other processes computed meanwhile.
         unbased: idle power was not known in some interval.
+        part: why this is a part of what the request used; None: it is all of it.
     """
 
     key: Key
@@ -93,6 +94,7 @@ class SoFar(NamedTuple):
     interval_ns: int
     foreign: bool
     unbased: bool
+    part: Reason | None = None
 
 
 class Known(NamedTuple):

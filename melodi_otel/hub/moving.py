@@ -31,22 +31,13 @@ from melodi_otel.attribution.meter import (
     Outcome,
     Prefill,
     Probe,
+    Reason,
     Share,
 )
 from melodi_otel.devices import Device
 from melodi_otel.hub.client import HubClient, give
 from melodi_otel.hub.lanes import Lanes
-from melodi_otel.hub.parts import (
-    Kept,
-    Orphan,
-    Places,
-    Target,
-    closed_part,
-    known,
-    orphans_of,
-    settle_orphans,
-    summed,
-)
+from melodi_otel.hub.parts import Kept, Orphan, Places, Target, closed_part, known, orphans_of, settle_orphans, summed
 from melodi_otel.hub.wire import Told, Welcome
 
 log = logging.getLogger("melodi_otel")
@@ -232,6 +223,7 @@ class MovingMeter:
         thread: int | None = None,
         probe: Probe | None = None,
         late: Late | None = None,
+        reason: Reason | None = None,
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.open`."""
         if engine is not None:
@@ -239,7 +231,7 @@ class MovingMeter:
         told: dict[str, Any] = {
             "engine": engine, "devices": devices, "model": model, "prompt_tokens": prompt_tokens,
             "cached_tokens": cached_tokens, "labels": labels, "parent": parent,
-            "thread": thread, "probe": probe, "late": late,
+            "thread": thread, "probe": probe, "late": late, "reason": reason,
         }  # fmt: skip
         with self._lock:
             target = self._ledger if self._ended else self._target or self._chosen()

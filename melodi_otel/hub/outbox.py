@@ -142,6 +142,7 @@ class Outbox:
         thread: int | None = None,
         probe: Probe | None = None,
         late: Late | None = None,
+        reason: Reason | None = None,
     ) -> None:
         if not self._room(4):
             self.counts = replace(self.counts, requests=self.counts.requests + 1)
@@ -164,6 +165,7 @@ class Outbox:
                 thread is not None,
                 probe is not None,
                 late,
+                "phase_elsewhere" if reason == "phase_elsewhere" else None,
             )
         )
 

@@ -235,6 +235,7 @@ class Session:
             # Native thread ids of other processes mean nothing here; that there is one does.
             thread=0 if message.threaded else None,
             late=late,
+            reason=message.reason,
         )
 
     def _progress(self, message: wire.Progressed) -> None:

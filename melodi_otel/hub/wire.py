@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -144,6 +144,7 @@ class Opened(Message, tag=3, frozen=True):
     threaded: bool
     probed: bool
     late: Lateness | None
+    reason: Literal["phase_elsewhere"] | None = None
 
 
 class Bound(Message, tag=4, frozen=True):

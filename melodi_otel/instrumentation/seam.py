@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe
+from melodi_otel.attribution.meter import EngineId, Key, Meter, Outcome, Probe, Reason
 
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
@@ -69,6 +69,7 @@ class Begin:
             span attribute.
         adapter: name of the LoRA or other adapter that computes, or None.
         answer: the id under which its answer promises its joules, or None.
+        reason: why what is measured here is a part of what it uses, or None.
     """
 
     operation: str
@@ -86,6 +87,7 @@ class Begin:
     user: str | None = None
     adapter: str | None = None
     answer: str | None = None
+    reason: Reason | None = None
 
 
 @dataclass(slots=True)

@@ -227,6 +227,7 @@ class _Call:
             parent=self._parent,
             thread=begin.thread,
             probe=begin.probe,
+            reason=begin.reason,
         )
         self._opened = True
         self._calls.opened(self, self._parent)

@@ -73,7 +73,7 @@ class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True)
     """A request begins. ``thread``: it is computed by a thread of its own, whose steps are its alone.
 
     ``beside``: it is reported when it is over, and others that are still to be reported began at these times;
-    ``elsewhere``: another process computed it.
+    ``elsewhere``: another process computed it. ``reason``: why what is measured here is a part of it.
     """
 
     t: float
@@ -87,6 +87,7 @@ class OpenLine(msgspec.Struct, tag="open", tag_field="kind", omit_defaults=True)
     thread: int | None = None
     beside: list[float] | None = None
     elsewhere: bool = False
+    reason: str | None = None
 
 
 class BindLine(msgspec.Struct, tag="bind", tag_field="kind", omit_defaults=True):

@@ -201,6 +201,7 @@ class Recorder:
         thread: int | None,
         probe: object,
         late: Late | None,
+        reason: str | None,
     ) -> None:
         self._t_ns = t_ns
         self._line(
@@ -216,6 +217,7 @@ class Recorder:
                 thread,
                 None if late is None else [seconds(start) for start in late.beside],
                 late is not None and late.elsewhere,
+                reason,
             )
         )
 

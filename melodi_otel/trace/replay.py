@@ -237,6 +237,7 @@ class Replay:
             parent=None if line.parent is None else Key(GROUP, line.parent),
             thread=line.thread,
             late=None if line.beside is None else Late(tuple(ns(start) for start in line.beside), line.elsewhere),
+            reason="phase_elsewhere" if line.reason == "phase_elsewhere" else None,
         )
 
     def _step(self, line: form.StepLine) -> None:

@@ -73,6 +73,12 @@ def test_a_step_on_a_slice_is_one_on_its_board() -> None:
     assert [(share.device, share.joules, share.method) for share in future.result(0)] == [("GPU-0", 100.0, "exclusive")]
 
 
+def test_one_phase_of_a_request_is_partial() -> None:
+    """Of a request whose other phase another engine computes everything here is covered, and it says that it is a part."""
+    (share,) = one(ledger("GPU-0"), engine=ENGINE, devices=("GPU-0",), reason="phase_elsewhere")
+    assert (share.joules, share.coverage, share.quality, share.reason) == (100.0, 1.0, "partial", "phase_elsewhere")
+
+
 def test_part_of_a_group_is_partial() -> None:
     """Two GPUs seen of a world of four: coverage one half, and the reason why."""
     made = ledger("GPU-0", "GPU-1")

@@ -136,7 +136,7 @@ ANY_TO_HUB = st.one_of(
     st.builds(
         wire.Opened,
         text, moment, some, devices, st.none() | text, some, some, labels, st.none() | text, st.booleans(), st.booleans(),
-        st.none() | late,
+        st.none() | late, st.sampled_from([None, "phase_elsewhere"]),
     ),
     st.builds(wire.Bound, text, text),
     st.builds(wire.Progressed, text, moment, count, st.none() | moment, some, some),

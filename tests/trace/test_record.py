@@ -35,7 +35,7 @@ def test_replay_equals_the_run(tmp_path: Path) -> None:
     ledger.open(Key("g", "a"), now(), engine=ENGINE, model="m", prompt_tokens=50, parent=block)
     ledger.bind(Key("g", "a"), "a.0")
     ledger.bind(Key("g", "a"), "a.1")
-    ledger.open(Key("g", "b"), now(), engine=ENGINE, model="m", prompt_tokens=20, parent=block)
+    ledger.open(Key("g", "b"), now(), engine=ENGINE, prompt_tokens=20, parent=block, reason="phase_elsewhere")
     joined = [Joined("a.0", 50), Joined("a.1", 50)]
     futures = []
     for n in range(1, 40):

@@ -90,6 +90,12 @@ def shape_of(config: Any) -> Shape:
     )
 
 
+def one_phase(config: Any) -> bool:
+    """Whether the engine computes one phase of all its requests: it only gives, or only takes, the caches of prompts."""
+    role = getattr(getattr(config, "kv_transfer_config", None), "kv_role", None)
+    return role in ("kv_producer", "kv_consumer")  # the third, kv_both, leaves it to each request
+
+
 def model_of(config: Any) -> str | None:
     """The name by which clients ask for the model: as it is served, else as people know its path."""
     model = getattr(config, "model_config", None)

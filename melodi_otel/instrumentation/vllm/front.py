@@ -11,14 +11,14 @@ import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
 from melodi_otel.attribution.meter import EngineId
 from melodi_otel.instrumentation.seam import AttributeValue, Begin, Calls, Origin, incoming
 from melodi_otel.instrumentation.vllm.answers import Answers
 from melodi_otel.instrumentation.vllm.complaints import Complaints
-from melodi_otel.instrumentation.vllm.facts import model_of, nth_engine, number_of, shape_of
+from melodi_otel.instrumentation.vllm.facts import model_of, nth_engine, number_of, one_phase, shape_of
 from melodi_otel.instrumentation.vllm.served import Served, settings_of
 
 PROVIDER: Final = "vllm"
@@ -36,12 +36,14 @@ class Place:
         model: as clients call it.
         probing: its steps are not reported.
         same_host: it computes on this host.
+        phase: all its requests have their prefill here and their decode elsewhere, or the reverse.
     """
 
     engine: EngineId
     model: str | None
     probing: bool
     same_host: bool
+    phase: bool = False
 
 
 class FrontEnd:
@@ -84,6 +86,7 @@ class FrontEnd:
             model_of(engine.vllm_config),
             probing=not here,
             same_host=not shape.elsewhere,
+            phase=one_phase(engine.vllm_config),
         )
         self._places[engine] = place
         return place
@@ -237,6 +240,7 @@ class FrontEnd:
             begin.origin = asked.origin  # it has what vLLM does not pass on: the whole trace context, and baggage
         if begin.origin is None and headers and self._origin is not None:
             begin.origin = self._origin(headers)
+        begin.reason = "phase_elsewhere" if place.phase or _hands_over(params) else None
         if self._answers is not None:
             begin.answer = self._answers.belongs(served)
         served.call = self._calls.begin(begin)
@@ -267,6 +271,13 @@ class FrontEnd:
 
 
 _OVER: Final = object()
+
+
+def _hands_over(params: Any) -> bool:
+    """Whether another engine computes the other phase of a request, as a router says that has two kinds of them."""
+    extra = cast("dict[str, Any]", getattr(params, "extra_args", None) or {})
+    said = cast("dict[str, Any]", extra.get("kv_transfer_params") or {})
+    return bool(said.get("do_remote_decode") or said.get("do_remote_prefill"))
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int, name: str) -> Any:
