@@ -137,10 +137,15 @@ class Choice:
         return lambda: self._started(shared)
 
     def above(self, client: HubClient | None) -> Connect | None:
-        """A hub above this one that can be connected now; None: there is none."""
+        """A hub above this one that can be connected now; None: there is none.
+
+        Once vLLM is imported a program shares its engines with processes that vLLM starts: who greeted as one that is alone
+        goes there once more, to the same hub.
+        """
         if self._setting == "local" or sys.platform == "win32" or not self._may_try():
             return None
-        tier = "local" if client is None else "shared" if client.hub is None else client.hub.tier
+        grown = client is not None and client.alone and "vllm" in sys.modules
+        tier = "local" if client is None or grown else "shared" if client.hub is None else client.hub.tier
         candidates: list[Hub | None] = []
         if tier != "agent" and self._setting == "auto":
             candidates.append(self.agent)

@@ -66,6 +66,7 @@ class HubClient(Outbox):
         self.known: Final = threading.Event()
         self._connect = connect
         self._hello = replace_resume(hello, resume)
+        self.alone: Final = hello.alone
         self._welcomed = welcomed
         self._lost = lost
         self._wait_s = wait_s

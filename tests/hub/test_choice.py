@@ -77,9 +77,9 @@ def town(place: Path) -> Iterator[Town]:
     made.close()
 
 
-def client(tier: str | None) -> Any:
+def client(tier: str | None, alone: bool = False) -> Any:
     """A client of a hub of this tier; None: one that was never welcomed."""
-    return SimpleNamespace(hub=None if tier is None else SimpleNamespace(tier=tier))
+    return SimpleNamespace(hub=None if tier is None else SimpleNamespace(tier=tier), alone=alone)
 
 
 def test_agent_before_shared_before_local(town: Town) -> None:
@@ -299,3 +299,15 @@ def test_nobody_who_may_be_reached(town: Town) -> None:
     with pytest.raises(HubLost, match="no Python"):
         connect()
     assert launch.START_S > 1.0
+
+
+@pytest.mark.parametrize("tier", ["shared", "agent"])
+def test_who_was_alone_before_vllm_goes_there_again(town: Town, monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
+    """A program that has joined a hub on its own joins it anew once it imports vLLM, whose processes share its engines; once."""
+    town.listen(town.agent if tier == "agent" else town.shared)
+    assert town.choice().above(client(tier, alone=True)) is None
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    assert town.reached(town.choice().above(client(tier, alone=True))) == (
+        "agent.sock" if tier == "agent" else "hub.sock"
+    )
+    assert town.choice().above(client(tier, alone=False)) is None
