@@ -111,7 +111,7 @@ def _attributed(server: VllmServer, device: str) -> float:
     """J of a device that are requests' of the server's model, as the hub's page has them."""
     return sum(
         sample.value
-        for family in text_string_to_metric_families(server.place.fetch())
+        for family in text_string_to_metric_families(server.page())
         for sample in family.samples
         if sample.name == "melodi_energy_attributed_joules_total"
         and sample.labels["hw_id"] == device
@@ -120,4 +120,4 @@ def _attributed(server: VllmServer, device: str) -> float:
 
 
 def _books(server: VllmServer) -> list[dict[str, Any]]:
-    return json.loads(server.place.fetch("/status.json"))["books"]
+    return json.loads(server.page("/status.json"))["books"]

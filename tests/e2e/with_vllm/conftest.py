@@ -54,7 +54,9 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vllm_server(
     vllm_python: Path, checkpoint: Path, nvml_library: Path, new_hub_place: Callable[[], Any]
 ) -> Iterator[Callable[..., VllmServer]]:
-    """``vllm_server(*flags, env={…}, gpus=1)``: a server with these further flags and variables, healthy.
+    """``vllm_server(*flags, env={…}, gpus=1, agent=False)``: a server with these further flags and variables, healthy.
+
+    With ``agent`` its hub is an agent that records a trace, else the shared one that it starts itself.
 
     It is the one that an earlier test had, where that asked for the same and it still runs. Only one runs at a time: two cores
     are few, so tests of one set of flags stand together.
@@ -66,8 +68,8 @@ def vllm_server(
         while running:
             running.popitem()[1].close()
 
-    def serve(*flags: str, env: dict[str, str | None] | None = None, gpus: int = 1) -> VllmServer:
-        key = (flags, tuple(sorted((env or {}).items())), gpus)
+    def serve(*flags: str, env: dict[str, str | None] | None = None, gpus: int = 1, agent: bool = False) -> VllmServer:
+        key = (flags, tuple(sorted((env or {}).items())), gpus, agent)
         found = running.get(key)
         if found is not None and found.process.poll() is None:
             return found
@@ -75,7 +77,7 @@ def vllm_server(
             raise RuntimeError("no such server started for an earlier test") from failed[key]
         stop_all()
         place = new_hub_place()
-        made = VllmServer(vllm_python, checkpoint, place, Meters(place, gpus, nvml_library), flags, env)
+        made = VllmServer(vllm_python, checkpoint, place, Meters(place, gpus, nvml_library), flags, env, agent=agent)
         running[key] = made
         try:
             made.ready()

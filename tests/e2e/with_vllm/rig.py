@@ -141,6 +141,7 @@ class VllmServer:
         place: its ``HubPlace``: books, page and journal of its hub.
         meters: what it is measured by; they count from before its start.
         receiver: where its telemetry arrives.
+        trace: what its agent records; there is none where it has a shared hub.
         start_s: seconds until it was healthy.
     """
 
@@ -152,8 +153,12 @@ class VllmServer:
         meters: Meters,
         flags: Iterable[str] = (),
         env: Mapping[str, str | None] | None = None,
+        *,
+        agent: bool = False,
     ) -> None:
         self.place = place
+        self.trace = place.path / "trace.jsonl"
+        self._agent: Path | None = None
         self.meters = meters
         self.receiver = OtlpReceiver()
         self.receiver.__enter__()
@@ -166,12 +171,17 @@ class VllmServer:
         words = [str(python.with_name("vllm")), "serve", str(model), "--served-model-name", NAME]
         words += ["--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
         meters.go()
+        given = environ(place, meters, self.receiver, env or {})
+        if agent:
+            self._agent = place.path / "agent.sock"
+            place.agent({**given, "MELODI_HUB": "local", "MELODI_RECORD": str(self.trace)}, self._agent)
+            given["MELODI_HUB"] = str(self._agent)
         self._began = time.monotonic()
         with self._log.open("wb") as log:
             # A session of its own is a process group of its own: what it leaves behind can be found and ended.
             self.process = subprocess.Popen(
                 words,
-                env=environ(place, meters, self.receiver, env or {}),
+                env=given,
                 cwd=place.path,
                 stdout=log,
                 stderr=log,
@@ -182,6 +192,14 @@ class VllmServer:
     def log(self) -> str:
         """What its processes have said so far."""
         return self._log.read_text(errors="replace")
+
+    def page(self, path: str = "/metrics") -> str:
+        """A path of its hub's page."""
+        return self.place.fetch(path, self._agent)
+
+    def page_url(self) -> str:
+        """Where its hub's page is, without a slash at the end."""
+        return str(self.place.page(self._agent)).removesuffix("/metrics")
 
     def ready(self) -> None:
         """Wait until it is healthy.

@@ -47,7 +47,7 @@ class Talk:
 @pytest.fixture(scope="module")
 def talk(vllm_server: Callable[..., VllmServer]) -> Talk:
     """A short answer, a long one, a long stream, three prompts at once, three answers at once; a trace and two tenants."""
-    server = vllm_server(env=ENVIRON)
+    server = vllm_server(env=ENVIRON, agent=True)
     context = {"traceparent": f"00-{TRACE}-{SPAN}-01", "baggage": "tenant.id=acme"}
     asks = [
         Ask("short", max_tokens=1, chat=True, headers=context),
@@ -63,7 +63,7 @@ def talk(vllm_server: Callable[..., VllmServer]) -> Talk:
 
 def ask(server: VllmServer, name: str) -> tuple[int, dict[str, Any]]:
     """The status and the body of an answer's page at the hub."""
-    url = server.place.page().removesuffix("/metrics") + f"/melodi/requests/{name}"
+    url = f"{server.page_url()}/melodi/requests/{name}"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return answer.status, json.load(answer)
@@ -100,7 +100,7 @@ def test_nobody_guesses(talk: Talk) -> None:
 def test_requests_are_on_vllms_own_page_alone(talk: Talk) -> None:
     """Per-request families stand on vLLM's ``/metrics``, with every request, and on no other page; the books on the hub's."""
     own = {sample.name for sample in talk.server.samples()}
-    hub = talk.server.place.fetch()
+    hub = talk.server.page()
     for family in PER_REQUEST:
         assert f"{family}_count" in own
         assert f"{family}_count" not in hub
