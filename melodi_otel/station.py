@@ -16,7 +16,7 @@ from typing import Final
 
 from melodi_otel import __version__
 from melodi_otel.attribution.books import Snapshot, Who
-from melodi_otel.attribution.closing import wait_s
+from melodi_otel.attribution.closing import MIN_WAIT_S, STEP_PART, wait_s
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Reason
 from melodi_otel.clock import Clock
@@ -86,6 +86,8 @@ class Station:
             who=who,
             watch=self._watch,
             deliveries=clocks is not None,
+            # Who lets spans wait longer than their meter needs does it for long steps, whose evidence comes at their end.
+            step_wait_s=None if config.span_wait is None else STEP_PART * max(MIN_WAIT_S, config.span_wait),
         )
         self._moved = threading.Event()
         self._elsewhere = moved

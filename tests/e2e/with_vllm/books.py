@@ -34,7 +34,11 @@ class Told:
 
 def told(server: VllmServer, number: int, seconds: float = 60.0) -> list[Told]:
     """The spans of this project's requests, once at least ``number`` have come."""
-    spans = server.receiver.spans(number, seconds, lambda span: "melodi.energy.quality" in plain(span.attributes))
+
+    def ours(span: Any) -> bool:
+        return span.name != "llm_request" and "melodi.energy.quality" in plain(span.attributes)
+
+    spans = server.receiver.spans(number, seconds, ours)
     return [Told(plain(span.attributes), span.name, span.trace_id.hex(), span.parent_span_id.hex()) for span in spans]
 
 

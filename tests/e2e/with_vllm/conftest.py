@@ -105,7 +105,7 @@ def vllm_program(
     def run(script: Path, env: dict[str, str | None] | None = None, **spec: Any) -> dict[str, Any]:
         given = environ(hub_place, meters, receiver, {**IN_PROCESS, **(env or {})})
         meters.go()
-        told = run_program(vllm_python, script, given, hub_place, model=str(checkpoint), **spec)
+        told = run_program(vllm_python, script, given, hub_place, **{"model": str(checkpoint), **spec})
         return told | {"counted": meters.still()}
 
     yield run

@@ -140,7 +140,7 @@ class VllmServer:
         url: where it serves, without a slash at the end.
         place: its ``HubPlace``: books, page and journal of its hub.
         meters: what it is measured by; they count from before its start.
-        receiver: where its telemetry arrives.
+        receiver: where its telemetry arrives; ``{otlp}`` in a flag is its address.
         trace: what its agent records; there is none where it has a shared hub.
         start_s: seconds until it was healthy.
     """
@@ -169,7 +169,8 @@ class VllmServer:
             port = int(holder.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
         words = [str(python.with_name("vllm")), "serve", str(model), "--served-model-name", NAME]
-        words += ["--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+        words += ["--host", "127.0.0.1", "--port", str(port), *FLAGS]
+        words += [flag.replace("{otlp}", self.receiver.http_endpoint) for flag in flags]
         meters.go()
         given = environ(place, meters, self.receiver, env or {})
         if agent:
