@@ -262,7 +262,7 @@ VARIABLES: Final[dict[str, Variable]] = {
         "span_wait",
         _number(0, 60),
         "seconds from 0 to 60",
-        "The longest time a span waits for its joules, most of it for long engine steps; half as long again, once, where all stood still.",
+        "The longest time a span waits for its joules, mostly for long engine steps; half as long again, once, if all stopped.",
     ),
     "MELODI_SPAN_LIMIT": Variable(
         "span_limit", _whole(1), "a whole number from 1", "The most spans that wait at a time."

@@ -153,6 +153,9 @@ class RecordingCalls:
         self.made.append(call)
         return call
 
+    def so_far(self, answer, keys):
+        return {"id": answer, "of": [key.request for key in keys], "final": False}
+
     @property
     def only(self):
         """The only call."""
