@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from melodi_otel.config import Config
 from melodi_otel.instrumentation.asgi import AsgiInstrumentor
-from melodi_otel.instrumentation.seam import Calls, Library
+from melodi_otel.instrumentation.seam import Calls, Library, Origin
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
 from melodi_otel.instrumentation.vllm import VllmInstrumentor
 from melodi_otel.telemetry.origins import from_headers
@@ -39,8 +39,12 @@ def libraries(
         "asgi": AsgiInstrumentor(
             whose.headers,
             user=whose.body,
-            # vLLM's own requests carry neither a trace's state nor baggage, before 0.32 no trace at all.
-            origin=from_headers if "vllm" in sys.modules else None,
-            active=whose.served or "vllm" in sys.modules,
+            origin=_origin,
+            active=lambda: whose.served or "vllm" in sys.modules,
         ),
     }
+
+
+def _origin(headers: Mapping[str, str]) -> Origin | None:
+    # vLLM's own requests carry neither baggage nor, before 0.32, a trace; other engines run in the server's own context.
+    return from_headers(headers) if "vllm" in sys.modules else None

@@ -74,7 +74,7 @@ class AsgiInstrumentor:
     Args:
         headers, user: as for :class:`LabelMiddleware`.
         origin: what the headers of a request say about its trace and its baggage; None: nobody asks for that.
-        active: False: nobody asks for anything that a request says, and nothing is patched.
+        active: False: nobody asks for anything that a request says, and nothing is patched; asked at each ``instrument()``.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AsgiInstrumentor:
         *,
         user: bool = False,
         origin: Callable[[Mapping[str, str]], Origin | None] | None = None,
-        active: bool = True,
+        active: Callable[[], bool] = lambda: True,
     ) -> None:
         self._door = Door(headers, user=user, origin=origin)
         self._active = active
@@ -93,7 +93,7 @@ class AsgiInstrumentor:
 
     def instrument(self) -> None:
         """Patch what is loaded and what will be; a second time changes nothing."""
-        if not self._active:
+        if not self._active():
             return
         self._on = True
         module = sys.modules.get(ROUTING)

@@ -310,7 +310,7 @@ def test_applications_made_before_and_after(instrumentor: AsgiInstrumentor) -> N
 def test_nothing_is_patched_without_need() -> None:
     """Where no rule asks for anything that a request says, the router is as it was."""
     before = starlette.routing.Router.__dict__["__call__"]
-    AsgiInstrumentor(active=False).instrument()
+    AsgiInstrumentor(active=lambda: False).instrument()
     assert starlette.routing.Router.__dict__["__call__"] is before
 
 
