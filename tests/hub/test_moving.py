@@ -393,6 +393,18 @@ def test_a_fork_leaves_the_parents_meter_alone() -> None:
     assert (asked, host.meter.is_local) == (["chosen"], True)
 
 
+def test_an_engine_in_a_forked_child_chooses_the_meter() -> None:
+    """An engine core that was forked has no requests: its first word about itself is what chooses."""
+    host = Host(shared())
+    asked: list[str] = []
+    host.meter.forked(host, lambda: asked.append("chosen"))
+    host.meter.engine(EngineId("g", 1), host.now, "gone")
+    assert asked == []
+    host.meter.engine(EngineId("g", 1), host.now, "loading")
+    host.meter.engine(EngineId("g", 1), host.now, "ready")
+    assert asked == ["chosen"]
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["run", "run", "open", "open", "nested", "close", "tokens", "rise", "kill", "journal", "drop"]),

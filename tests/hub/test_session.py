@@ -501,3 +501,48 @@ def test_shares_name_the_request_by_the_hubs_own_key(hub):
     hub.read(1.0)
     assert isinstance(hub.told[session, "r"][0], Share)
     assert hub.told[session, "r"][0].key == Key("1:g:n", "r")
+
+
+# --- engines of processes that come and go ---
+
+
+def told_of(number, state="ready"):
+    return wire.EngineTold(number, START, state, "m", ["GPU-0"], None, [], (None,) * 7)
+
+
+def test_an_engine_goes_with_who_declared_it(hub, monkeypatch):
+    """A core that dies with its connection is gone, though others of its group are there still, and live on."""
+    gone = []
+    engine = hub.ledger.engine
+    monkeypatch.setattr(
+        hub.ledger,
+        "engine",
+        lambda of, t, state="ready", **more: (gone.append((of.number, state)), engine(of, t, state, **more)),
+    )
+    front, core = hub.connect(alone=False), hub.connect(alone=False, name="core")
+    hub.say(core, told_of(1000))
+    hub.say(front, opened(engine=1000))
+    front.leave(hub.now_ns)
+    assert gone == [(1000, "ready")]
+    core.leave(hub.now_ns)
+    assert gone == [(1000, "ready"), (1000, "gone")]
+
+
+def test_an_engine_that_said_it_is_gone_goes_once(hub, monkeypatch):
+    """A core that was shut down is not told as gone a second time by its connection's end."""
+    states = []
+    monkeypatch.setattr(hub.ledger, "engine", lambda of, t, state="ready", **more: states.append(state))
+    core = hub.connect(alone=False)
+    hub.say(core, told_of(1000), told_of(1000, "gone"))
+    core.leave(hub.now_ns)
+    assert states == ["ready", "gone"]
+
+
+# --- answers ---
+
+
+def test_a_promise_and_who_keeps_it(hub):
+    """What an answer promises, and the figure that keeps it, are handed on as they are."""
+    session = hub.connect()
+    hub.say(session, wire.Promised("a1"))
+    assert hub.observed == [wire.Promised("a1")]
