@@ -82,6 +82,20 @@ def number(value: Any) -> float | None:
 
 def prefills(rows: Iterable[Prefill]) -> list[Prefill]:
     """Rows of a step that can be told."""
+    # Nearly always all of them, as they are: with drafts every sequence of every step is one.
+    rows = list(rows)
+    for told, tokens, context in rows:
+        if (
+            type(tokens) is not int
+            or type(context) is not int
+            or not 0 <= tokens <= _MOST
+            or not 0 <= context <= _MOST
+            or len(told) > LONGEST
+            or not told.isascii()
+        ):
+            break
+    else:
+        return rows
     found: list[Prefill] = []
     for row in rows:
         tokens, context = count(row.tokens), count(row.context)

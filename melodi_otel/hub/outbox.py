@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 import msgspec
@@ -43,6 +44,8 @@ CAPACITY: Final = 20_000
 _BATCH: Final = 4096
 _FEW_ROWS: Final = 200
 """Rows of a step that fit a frame however long their ids are."""
+_ROW: Final = 32
+"""Bytes of a row at most, beside the letters of its id, of four bytes each at most."""
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -489,5 +492,9 @@ def _fits(told: wire.Stepped) -> bool:
     """Whether a step fits one frame; one that does not would be left out without a word."""
     rows = len(told.prefill) + len(told.computed) + len(told.joined) + len(told.left)
     if rows <= _FEW_ROWS:
+        return True
+    named = chain(told.prefill, told.computed, told.joined)
+    longest = max(max((len(row[0]) for row in named), default=0), max(map(len, told.left), default=0))
+    if rows * (4 * longest + _ROW) < wire.FRAME_LIMIT - 64:
         return True
     return len(_encoder.encode(told)) < wire.FRAME_LIMIT - 64

@@ -14,11 +14,13 @@ Pure: what it is given has vLLM's attributes, and no vLLM is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from melodi_otel.attribution.meter import Decode, Joined, Prefill
 
 _NOBODY: Final = Decode(0, 0)
+_row: Final[Callable[[type[Any], tuple[Any, ...]], Any]] = cast(Any, tuple).__new__
+"""What ``Prefill(…)`` does, in half the time: with drafts there is a row per sequence in every step."""
 
 
 class Work(NamedTuple):
@@ -106,37 +108,37 @@ class WorkReader:
         prefill: list[Prefill] = []
         computed: list[Prefill] = []
         joined: list[Joined] = []
+        lengths, last = self._known, self._last
         for name, tokens in scheduled.items():
             context = before[name]
             at = members.get(name)
-            if at is not None and tokens == 1 and context == at + steps and not (drafts and name in drafts):
-                continue
             if at is not None:
+                if tokens == 1 and context == at + steps and not (drafts and name in drafts):
+                    continue
                 self._leave(name)
-            known = self._tokens_of(name, context, tokens)
-            self._last[name] = context
+            known = lengths.get(name)
+            if known is None or context <= last.get(name, -1):
+                known = lengths[name] = self._tokens_of(name, context, tokens)
+            last[name] = context
             extra = len(drafts[name]) if drafts and name in drafts else 0
             if context < known or tokens > 1 + extra:
-                prefill.append(Prefill(name, tokens, context))
+                prefill.append(_row(Prefill, (name, tokens, context)))
                 if at is not None:
                     left.append(name)
             elif tokens == 1:
-                joined.append(Joined(name, context))
+                joined.append(_row(Joined, (name, context)))
                 members[name] = context - steps
                 self._sum += context
             else:
-                computed.append(Prefill(name, tokens, context))
+                computed.append(_row(Prefill, (name, tokens, context)))
         work = Work(Decode(len(members), self._sum), prefill, computed, joined, left)
         self._count(len(members))
         return work
 
     def _tokens_of(self, name: str, context: int, tokens: int) -> int:
-        """Tokens that it had when it was admitted, or resumed: a context that has not grown is how that shows."""
-        known = self._known.get(name)
-        if known is None or context <= self._last.get(name, -1):
-            length = self._length_of(name)
-            known = self._known[name] = context + tokens if length is None else length
-        return known
+        """Tokens that it has when it is admitted, or resumed: a context that has not grown is how that shows."""
+        length = self._length_of(name)
+        return context + tokens if length is None else length
 
     def _leave(self, name: str) -> None:
         context = self._members.pop(name) + self._steps
