@@ -6,7 +6,7 @@
 #   make test-all   also slow tests, the second versions of our dependencies, and the benches
 #   make format     let ruff write
 
-.PHONY: demo test check test-all test-slow test-second bench format docs clean
+.PHONY: demo test check test-all test-slow test-second bench bench-vllm format docs clean
 
 ARGS ?=
 # The pure rooms: no engine, no real model, no server.
@@ -33,7 +33,7 @@ check:
 	.venv/check/bin/pyright --pythonpath .venv/check/bin/python
 	.venv/check/bin/python -m pytest -q $(UNIT) -m "not e2e and not slow and not gpu"
 
-test-all: test test-slow test-second bench
+test-all: test test-slow test-second bench bench-vllm
 
 test-slow:
 	@scripts/venv test torch
@@ -50,8 +50,14 @@ test-second:
 bench:
 	@scripts/venv test torch
 	.venv/test/bin/python bench/cost.py
+	.venv/test/bin/python bench/vllm.py hook
 	@# 2: there is no GPU here to calibrate, which it says
 	.venv/test/bin/python bench/calibrate_gpu.py || [ $$? = 2 ]
+
+bench-vllm:
+	@scripts/venv test torch
+	@scripts/venv vllm torch
+	.venv/test/bin/python bench/vllm.py serve
 
 format:
 	@scripts/venv check

@@ -38,9 +38,12 @@ from melodi_otel.instrumentation.vllm.scheduler import WatchedScheduler
 from melodi_otel.testing.vllm_scheduler import FakeScheduler
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))  # for the tests' servers and clients
 RUNNING = 256
 STEPS = 200
 ENGINE = EngineId("g", 1000)
+OFTEN = ("OTEL_BSP_SCHEDULE_DELAY", "OTEL_METRIC_EXPORT_INTERVAL", "MELODI_SPAN_WAIT")
+"""What tests set so that they need not wait."""
 Rows = list[tuple[str, list[float], str]]
 Plan = dict[str, tuple[int, int]]
 
@@ -177,7 +180,6 @@ def in_the_ledger(box: Outbox) -> float:
 @contextlib.contextmanager
 def servers(python: Path) -> Iterator[dict[str, Any]]:
     """One with, one without, healthy."""
-    sys.path.insert(0, str(CHECKOUT))
     from melodi_otel.testing.nvml import build_fake_nvml
     from tests.e2e.conftest import HubPlace
     from tests.e2e.with_vllm.rig import Meters, VllmServer
@@ -191,8 +193,9 @@ def servers(python: Path) -> Iterator[dict[str, Any]]:
         for side, env in (("without", {"MELODI_DISABLED": "1"}), ("with", {})):
             place = HubPlace()
             meters = Meters(place, 1, library)
-            # Both share all cores: neither is bound to some of them.
-            server = VllmServer(python, model, place, meters, (), {**env, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+            # Both share all cores: neither is bound to some of them. Telemetry goes out as often as it does by default.
+            shared = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **dict.fromkeys(OFTEN)}
+            server = VllmServer(python, model, place, meters, (), {**env, **shared})
             stack.callback(server.close)
             server.ready()
             made[side] = server
