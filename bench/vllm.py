@@ -3,8 +3,8 @@
 ``hook``: a scheduler that only says what it was told to say, bare and watched by turns, with 256 requests running; told to the
 outbox of a hub's client, which nothing empties meanwhile but the clock. Beside it what the hub's ledger does with such a step.
 
-``serve``: two real servers on this machine, the same but for ``MELODI_DISABLED=1``, that are asked by turns, never at once;
-CPU seconds of each process by /proc. An engine core polls while it waits, so only its time under load says something.
+``serve``: two real servers on this machine, the same but for ``MELODI_DISABLED=1``, that are asked by turns while the other one
+stands still; CPU seconds of each process by /proc. An engine core polls while it waits: only its time under load says something.
 Nothing here asserts: the targets of the design stand beside the figures.
 
     python bench/vllm.py [hook|serve] [--rounds 9] [--out vllm.json]
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -203,14 +204,29 @@ def servers(python: Path) -> Iterator[dict[str, Any]]:
 
 
 def cpu_s(server: Any) -> dict[str, float]:
-    """CPU seconds so far of the server's front end and of its engine, workers included."""
-    found = {"front end": 0.0, "engine": 0.0}
-    for pid, title in server.pids().items():
+    """CPU seconds so far of the server's front end, of its engine, workers included, and of its hub."""
+    found = {"front end": 0.0, "engine": 0.0, "hub": 0.0}
+    titles = server.pids() | {server.place.pid() or 0: "hub"}
+    for pid, title in titles.items():
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            kind = "engine" if "VLLM::" in title else "front end"
+            kind = "hub" if title == "hub" else "engine" if "VLLM::" in title else "front end"
             found[kind] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return found
+
+
+@contextlib.contextmanager
+def alone(server: Any, others: list[Any]) -> Iterator[None]:
+    """Only this server runs: the processes of the others stand still, their hubs and meters go on."""
+    for other in others:
+        os.killpg(other.process.pid, signal.SIGSTOP)
+    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        for other in others:
+            os.killpg(other.process.pid, signal.SIGCONT)
+        time.sleep(0.5)  # and find that they have slept
 
 
 def serve(rounds: int, requests: int, python: Path) -> Rows:
@@ -227,10 +243,11 @@ def serve(rounds: int, requests: int, python: Path) -> Rows:
             order = ("without", "with") if turn % 2 else ("with", "without")
             for side in order:
                 server = both[side]
-                before, start = cpu_s(server), time.monotonic()
-                answers = fire(server.url, asks, at_once=16)
-                seconds = time.monotonic() - start
-                after = cpu_s(server)
+                with alone(server, [other for other in both.values() if other is not server]):
+                    before, start = cpu_s(server), time.monotonic()
+                    answers = fire(server.url, asks, at_once=16)
+                    seconds = time.monotonic() - start
+                    after = cpu_s(server)
                 if turn == 0:
                     continue  # warm
                 tokens = sum(answer.tokens("completion") for answer in answers)
@@ -240,6 +257,7 @@ def serve(rounds: int, requests: int, python: Path) -> Rows:
                     ("tokens/s", tokens / seconds),
                     ("front end, CPU s per 1,000 tokens", 1e3 * (after["front end"] - before["front end"]) / tokens),
                     ("engine, CPU s per 1,000 tokens", 1e3 * (after["engine"] - before["engine"]) / tokens),
+                    ("hub, CPU s per 1,000 tokens", 1e3 * (after["hub"] - before["hub"]) / tokens),
                     ("time to first token, p50, ms", cuts[49]),
                     ("time to first token, p99, ms", cuts[98]),
                 ):
@@ -249,7 +267,8 @@ def serve(rounds: int, requests: int, python: Path) -> Rows:
         rows += [(f"{what}: {side}", found[what, side], "") for side in ("without", "with")]
         ratios = [a / b for a, b in zip(found[what, "with"], found[what, "without"], strict=True) if b]
         target = " (target ≥ 0.99)" if what == "tokens/s" else ""
-        rows.append((f"{what}: with / without{target}", ratios, "×"))
+        if ratios:
+            rows.append((f"{what}: with / without{target}", ratios, "×"))
     return rows
 
 
@@ -267,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("hook", "serve"), nargs="?", default="hook")
     parser.add_argument("--rounds", type=int, default=9, help="how often all is repeated (at least 3)")
-    parser.add_argument("--requests", type=int, default=96, help="of 100 tokens, per server and round")
+    parser.add_argument("--requests", type=int, default=160, help="of 100 tokens, per server and round")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     given = parser.parse_args()
     python = Path(os.environ.get("MELODI_VLLM_PYTHON") or CHECKOUT / ".venv/vllm/bin/python")

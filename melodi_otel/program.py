@@ -230,8 +230,10 @@ def _start(config: Config, tracer_provider: object, meter_provider: object, *, l
         if standby is not None:
             standby.runtime = runtime
         else:
-            atexit.register(_at_exit)
             _follow_forks()
+        # What was registered last runs first: before the providers that were made just now end by themselves.
+        atexit.unregister(_at_exit)
+        atexit.register(_at_exit)
         _current = runtime
         return runtime
 

@@ -14,8 +14,8 @@ SERVER, MODEL, PAGE = (*sys.argv[1:], "http://127.0.0.1:9464")[:3]
 
 def fetch(url: str, body: object = None) -> tuple[int, dict]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - as you said
+    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
         return answer.status, json.load(answer)
 
 

@@ -82,6 +82,8 @@ class Outbox:
         self._batch: list[wire.Message] | None = None
         self._ident = 0
         self._sleeping = False
+        self._dozing = False
+        self._urgent = False
         self._wakes, self._woken = socket.socketpair()
         self._wakes.setblocking(False)
         self._woken.setblocking(False)
@@ -261,7 +263,9 @@ class Outbox:
         if self._batch is not None and threading.get_ident() == self._ident:
             self._batch.append(told)  # a probe hands it over: it comes before whatever follows the probe
         elif self._room(1):
-            self._put(told)
+            self._outbox.append(told)
+            if self._sleeping and not self._dozing:
+                self._wake()
         else:
             self._dropped()
             return False
@@ -458,6 +462,7 @@ class Outbox:
 
     def _put(self, message: wire.Message | _Closing) -> None:
         self._outbox.append(message)
+        self._urgent = True
         if self._sleeping:
             self._wake()
 

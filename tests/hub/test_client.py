@@ -413,3 +413,27 @@ def test_onwards_tells_of_requests_alone(line: Line) -> None:
     onwards.finished(record(model="shown"))
     (told,) = line.hub.until(wire.Observed)
     assert told.model == "shown"
+
+
+def test_steps_alone_arrive(line: Line) -> None:
+    """Steps wait a moment for each other and for nothing else: all arrive, in order, though nothing follows them."""
+    line.client.engine(ENGINE, 0)
+    line.hub.until(wire.EngineTold)
+    for number in range(1, 101):
+        assert line.client.step(ENGINE, 0, number, number, number + 1, decode=Decode(3, 30))
+    assert [told.seq for told in line.hub.until(wire.Stepped, 100)] == list(range(1, 101))
+
+
+def test_what_is_urgent_takes_steps_along(line: Line) -> None:
+    """A close right behind steps is sent with them, and behind them."""
+    line.client.open(KEY, 0)
+    line.client.step(ENGINE, 0, 1, 1, 2, decode=Decode(3, 30))
+    line.client.step(ENGINE, 0, 2, 2, 3, decode=Decode(3, 30))
+    line.client.close(KEY, 4, 5, "stop")
+    told = line.hub.until(wire.Closed)
+    assert [type(one) for one in told if not isinstance(one, wire.EngineTold)] == [
+        wire.Opened,
+        wire.Stepped,
+        wire.Stepped,
+        wire.Closed,
+    ]
