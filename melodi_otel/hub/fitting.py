@@ -10,9 +10,13 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
+import msgspec
+
 from melodi_otel.attribution.meter import Joined, Prefill
+from melodi_otel.hub import wire
 
 LONGEST: Final = 1024
 """Characters of a name; see ``wire.Text``."""
@@ -21,6 +25,11 @@ _LAST_NS: Final = (1 << 62) - 1
 _KEPT: Final = 960
 _GREETING: Final = 900_000
 """Bytes of ids in a greeting: it has to fit one frame of 1 MiB."""
+_FEW_ROWS: Final = 200
+"""Rows of a step that fit a frame however long their ids are."""
+_ROW: Final = 32
+"""Bytes of a row at most, beside the letters of its id, of four bytes each at most."""
+_encoder: Final = msgspec.msgpack.Encoder()
 
 
 def text(value: str | None) -> str | None:
@@ -129,3 +138,15 @@ def fits(ids: Iterable[str]) -> list[str]:
 def _plain(value: str) -> str:
     # Half a character (from a header that was no UTF-8) can be said to nobody.
     return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+
+
+def frame(told: wire.Stepped) -> bool:
+    """Whether a step fits one frame; one that does not would be left out without a word."""
+    rows = len(told.prefill) + len(told.computed) + len(told.joined) + len(told.left)
+    if rows <= _FEW_ROWS:
+        return True
+    named = chain(told.prefill, told.computed, told.joined)
+    longest = max(max((len(row[0]) for row in named), default=0), max(map(len, told.left), default=0))
+    if rows * (4 * longest + _ROW) < wire.FRAME_LIMIT - 64:
+        return True
+    return len(_encoder.encode(told)) < wire.FRAME_LIMIT - 64

@@ -14,10 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Final
-
-import msgspec
 
 from melodi_otel.attribution.meter import (
     Decode,
@@ -42,11 +39,6 @@ log = logging.getLogger("melodi_otel")
 CAPACITY: Final = 20_000
 """Messages that wait at most before progress, steps and observations are dropped; opens and closes may be four times as many."""
 _BATCH: Final = 4096
-_FEW_ROWS: Final = 200
-"""Rows of a step that fit a frame however long their ids are."""
-_ROW: Final = 32
-"""Bytes of a row at most, beside the letters of its id, of four bytes each at most."""
-_encoder: Final = msgspec.msgpack.Encoder()
 
 
 class Outbox:
@@ -257,7 +249,7 @@ class Outbox:
             fitting.joins(joined),
             [fitting.name(gone) for gone in left],
         )
-        if not _fits(told):
+        if not fitting.frame(told):
             self._dropped()
             return False
         if self._batch is not None and threading.get_ident() == self._ident:
@@ -491,15 +483,3 @@ def _newer(before: wire.Progressed, told: wire.Progressed) -> wire.Progressed:
         before.prompt_tokens if told.prompt_tokens is None else told.prompt_tokens,
         before.cached_tokens if told.cached_tokens is None else told.cached_tokens,
     )
-
-
-def _fits(told: wire.Stepped) -> bool:
-    """Whether a step fits one frame; one that does not would be left out without a word."""
-    rows = len(told.prefill) + len(told.computed) + len(told.joined) + len(told.left)
-    if rows <= _FEW_ROWS:
-        return True
-    named = chain(told.prefill, told.computed, told.joined)
-    longest = max(max((len(row[0]) for row in named), default=0), max(map(len, told.left), default=0))
-    if rows * (4 * longest + _ROW) < wire.FRAME_LIMIT - 64:
-        return True
-    return len(_encoder.encode(told)) < wire.FRAME_LIMIT - 64
