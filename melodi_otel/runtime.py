@@ -200,7 +200,7 @@ class Runtime:
                 labels=labels,
             )
         self._deferral.watch(foreign)
-        self._libraries = libraries(self.calls, config, environ, whose, self._own_page)
+        self._libraries = libraries(self.calls, config, environ, whose, self._own_page, self)
         self._lock = threading.Lock()
         self._started = False
         in_child(self._forked)

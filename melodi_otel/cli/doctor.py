@@ -155,28 +155,16 @@ def _count(types: Sequence[str]) -> str:
 
 def destinations(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
     """Where spans and metrics go, in words that name the variable that decides it."""
+    from melodi_otel.telemetry.destinations import otlp
+
     return {
-        "spans": _otlp("TRACES", environ),
-        "metrics": _otlp("METRICS", environ),
+        "spans": otlp("TRACES", environ),
+        "metrics": otlp("METRICS", environ),
         "scrape": {
             None: "off; MELODI_METRICS_ADDR=127.0.0.1:9464 serves /metrics",
             "off": "off (MELODI_METRICS_ADDR)",
         }.get(config.metrics_addr, f"http{'s' if config.metrics_tls_cert else ''}://{config.metrics_addr}/metrics"),
     }
-
-
-def _otlp(signal: str, environ: Mapping[str, str]) -> str:
-    exporter = environ.get(f"OTEL_{signal}_EXPORTER", "")
-    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return "off (OTEL_SDK_DISABLED)"
-    if exporter == "none":
-        return f"off (OTEL_{signal}_EXPORTER=none)"
-    if exporter and exporter != "otlp":
-        return f"{exporter} (OTEL_{signal}_EXPORTER)"
-    for name in (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
-        if environ.get(name):
-            return f"{environ[name]} ({name})"
-    return "nowhere; OTEL_EXPORTER_OTLP_ENDPOINT=http://HOST:4318 sends them, or the provider your program sets"
 
 
 def installed(name: str) -> str | None:

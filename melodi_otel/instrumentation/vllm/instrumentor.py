@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final
@@ -50,6 +51,7 @@ class VllmInstrumentor:
         devices: accelerators of all engine cores of this host, where the user names them.
         show_on: shows finished requests on a registry of prometheus_client; False: they are shown already. None: nowhere.
         answer_energy: whether answers tell the joules known so far.
+        where: where joules and spans go, in words; may take its time. None: that is not said.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class VllmInstrumentor:
         devices: Sequence[str] = (),
         show_on: Callable[[Any], bool] | None = None,
         answer_energy: bool = False,
+        where: Callable[[], str] | None = None,
     ) -> None:
         self._complaints = Complaints()
         answers = Answers(calls, self._complaints, energy=answer_energy, show_on=show_on)
         self._front = FrontEnd(calls, self._complaints, origin, answers)
         self._cores = Cores(calls, self._complaints, devices)
+        self._where = where
         self._patches = Patches()
         self._on = False
         self._hooked = False
@@ -133,6 +137,14 @@ class VllmInstrumentor:
             log.info("melodi_otel meters the requests of %s; joules are divided %s", place.model, how)
         except Exception:
             self._complaints.about("an engine cannot be described")
+        if self._where is not None:
+            # On a thread: a hub that starts now takes a second to say where its page is.
+            threading.Thread(target=self._say_where, name="melodi-otel-where", daemon=True).start()
+
+    def _say_where(self) -> None:
+        where, self._where = self._where, None
+        if where is not None:
+            self._safely(lambda: log.info("melodi_otel: %s", where()), "it cannot be said where joules go")
 
     def core_loading(self, config: Any) -> None:
         """An engine core of this ``VllmConfig`` is being made in this process, which may take minutes."""

@@ -56,7 +56,8 @@ def vllm_server(
 ) -> Iterator[Callable[..., VllmServer]]:
     """``vllm_server(*flags, env={…}, gpus=1, agent=False)``: a server with these further flags and variables, healthy.
 
-    With ``agent`` its hub is an agent that records a trace, else the shared one that it starts itself.
+    With ``agent`` its hub is an agent that records a trace, else the shared one that it starts itself; ``before`` are words in
+    front of its command.
 
     It is the one that an earlier test had, where that asked for the same and it still runs. Only one runs at a time: two cores
     are few, so tests of one set of flags stand together.
@@ -68,8 +69,14 @@ def vllm_server(
         while running:
             running.popitem()[1].close()
 
-    def serve(*flags: str, env: dict[str, str | None] | None = None, gpus: int = 1, agent: bool = False) -> VllmServer:
-        key = (flags, tuple(sorted((env or {}).items())), gpus, agent)
+    def serve(
+        *flags: str,
+        env: dict[str, str | None] | None = None,
+        gpus: int = 1,
+        agent: bool = False,
+        before: tuple[str, ...] = (),
+    ) -> VllmServer:
+        key = (flags, tuple(sorted((env or {}).items(), key=str)), gpus, agent, before)
         found = running.get(key)
         if found is not None and found.process.poll() is None:
             return found
@@ -77,7 +84,9 @@ def vllm_server(
             raise RuntimeError("no such server started for an earlier test") from failed[key]
         stop_all()
         place = new_hub_place()
-        made = VllmServer(vllm_python, checkpoint, place, Meters(place, gpus, nvml_library), flags, env, agent=agent)
+        made = VllmServer(
+            vllm_python, checkpoint, place, Meters(place, gpus, nvml_library), flags, env, agent=agent, before=before
+        )
         running[key] = made
         try:
             made.ready()

@@ -16,7 +16,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +155,7 @@ class VllmServer:
         env: Mapping[str, str | None] | None = None,
         *,
         agent: bool = False,
+        before: Sequence[str] = (),
     ) -> None:
         self.place = place
         self.trace = place.path / "trace.jsonl"
@@ -168,7 +169,7 @@ class VllmServer:
             holder.bind(("127.0.0.1", 0))
             port = int(holder.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
-        words = [str(python.with_name("vllm")), "serve", str(model), "--served-model-name", NAME]
+        words = [*before, str(python.with_name("vllm")), "serve", str(model), "--served-model-name", NAME]
         words += ["--host", "127.0.0.1", "--port", str(port), *FLAGS]
         words += [flag.replace("{otlp}", self.receiver.http_endpoint) for flag in flags]
         meters.go()
