@@ -106,11 +106,14 @@ def work(seconds: float) -> None:
         sum(range(1000))
 
 
-def request(runtime: Runtime, seconds: float = 0.0, tokens: int = 5) -> None:
-    """A call that takes this long."""
+def request(runtime: Runtime, seconds: float = 0.0, tokens: int = 5, *, working: bool = False) -> None:
+    """A call that takes this long, waiting or computing."""
     call = runtime.calls.begin(Begin("chat", "transformers", "m", runtime.calls.now_ns(), prompt_tokens=3))
     with call.active():
-        work(seconds)
+        if working:
+            work(seconds)
+        else:
+            assert not threading.Event().wait(seconds)
     call.end(End(runtime.calls.now_ns(), tokens, "stop", ("stop",)))
 
 
@@ -150,7 +153,7 @@ def test_spans_results_and_metrics(machine: Machine) -> None:
         assert not runtime.discovery.sources
         assert list(runtime.devices()) == ["intel-rapl:0"]
         assert runtime.span_wait_s() == 3.0
-        request(runtime, 0.4)
+        request(runtime, 0.4, working=True)
         assert runtime.wait_settled(10.0)
     (record,) = runtime.store.recent()
     assert record.energy.total is not None
