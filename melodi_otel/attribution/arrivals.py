@@ -128,12 +128,12 @@ class Arrivals:
         return (self._accounts[name].device for name in names if name in self._accounts)
 
     def _belongs(self, activity: Activity, state: EngineState) -> None:
-        """A step names a request that was opened without its engine, or with another one that has shown no steps."""
+        """A step names a request that was opened without its engine, or with another one, which has not computed it."""
         before = None if activity.engine is None else self._roster.engines[activity.engine]
         if before is not None:
-            if before.evidence == "steps":
+            if before.evidence == "steps" and activity.last_step_ns is not None:
                 return
             before.open.pop(id(activity), None)
         activity.engine = state.id
-        if activity.close_ns is None:
+        if not activity.settled:
             state.open[id(activity)] = activity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -41,20 +42,31 @@ def may_close(
     if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):
         return False
     return not any(
-        running(engine, activity, interval.t1_ns, now_ns) for engine in engines for activity in engine.open.values()
+        running(engine, activity, interval.t1_ns, now_ns, engines)
+        for engine in engines
+        for activity in engine.open.values()
     )
 
 
-def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int) -> bool:
-    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet."""
+def running(
+    engine: EngineState, activity: Activity, t_ns: int, now_ns: int, engines: Sequence[EngineState] = ()
+) -> bool:
+    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet; ``engines``: all on the device."""
     if activity.open_ns >= t_ns:
         return False
     if activity.close_ns is not None:
+        end_ns = min(t_ns, activity.close_ns)
+        if unheard(engines or (engine,), activity, end_ns):
+            return True
         # An abort is known before the step that computed its last token; any other end comes after its steps.
         if activity.outcome not in ("abort", "error") or activity.own_lane:
             return False
         lane = engine.lane_of(activity)
-        return lane is not None and lane.t1_ns < min(t_ns, activity.close_ns)
+        if lane is not None:
+            return lane.t1_ns < end_ns
+        # Whoever leaves in its first step stands in none yet; an error was perhaps never in one.
+        first = activity.outcome == "abort" and activity.last_step_ns is None and engine.evidence == "steps"
+        return first and not engine.gone and not any(lane.t1_ns >= end_ns for lane in engine.lanes.values())
     if engine.evidence == "unknown":
         return True
     if engine.evidence == "none":
@@ -68,3 +80,21 @@ def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int) -> 
         return not any(lane.t1_ns >= t_ns for lane in engine.lanes.values())
     lane = engine.lane_of(activity)
     return lane is not None and lane.t1_ns < t_ns
+
+
+def unheard(engines: Iterable[EngineState], activity: Activity, t_ns: int) -> bool:
+    """Whether steps of ``activity`` that ended before ``t_ns`` may still be on their way from another process.
+
+    One that stands in no step yet may be computed by any engine of its group.
+    """
+    mine = activity.engine
+    if mine is None or activity.own_lane:
+        return False
+    return any(
+        engine.heard_ns is not None
+        and engine.heard_ns < t_ns
+        and not engine.gone
+        and engine.evidence != "tokens"
+        and (engine.id == mine or (activity.last_step_ns is None and engine.id.group == mine.group))
+        for engine in engines
+    )

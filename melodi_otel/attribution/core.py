@@ -12,7 +12,7 @@ from melodi_otel.attribution.activity import Accrual, Activity, ask, may_hold
 from melodi_otel.attribution.arrivals import Arrivals
 from melodi_otel.attribution.baseline import Baseline
 from melodi_otel.attribution.books import Present, Snapshot, Who
-from melodi_otel.attribution.closing import may_close
+from melodi_otel.attribution.closing import may_close, unheard
 from melodi_otel.attribution.engines import EngineState, with_host
 from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
@@ -165,6 +165,11 @@ class Core:
             known.loading_ns[-1] = (known.loading_ns[-1][0], t_ns)
         known.gone = state == "gone"
 
+    def heard(self, engine: EngineId, t_ns: int) -> None:
+        known = self.roster.engines.get(engine)
+        if known is not None:
+            known.heard_ns = max(t_ns, known.heard_ns or 0)
+
     def open(
         self,
         key: Key,
@@ -279,9 +284,13 @@ class Core:
         return self._moved or any(account.waiting for account in self.accounts.values())
 
     def progress_wanted(self) -> bool:
-        """Whether the sensor has moved since the last settling and a request is open that could say how far it is."""
-        return self._moved and any(
+        """Whether a request could say how far it is since the sensor moved, or one's last steps may be on their way."""
+        open_now = (
             activity.close_ns is None and not activity.anonymous for activity in self.roster.activities.values()
+        )
+        return (self._moved and any(open_now)) or any(
+            unheard(self.roster.engines.values(), ended, ended.close_ns or ended.open_ns)
+            for ended in self.closing.values()
         )
 
     def read_probes(self) -> list[tuple[Key, int]]:

@@ -129,6 +129,8 @@ class EngineState:
         self.theta: Theta | None = None
         self.loading_ns: list[tuple[int, int | None]] = []
         self.gone = False
+        self.heard_ns: int | None = None
+        """Steps that ended by then have been told; None: a step is known as soon as it has ended."""
         self.evidence: Evidence = "unknown"
         self.lanes: dict[int, Lane] = {}
         self.open: dict[int, Activity] = {}

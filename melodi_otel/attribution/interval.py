@@ -207,9 +207,9 @@ def _beside_steps(engine: EngineState, activity: Activity, t0: int, t1: int) -> 
     if activity.own_lane and activity.last_step_ns is None:
         return activity.segments(t0, t1)
     # A request without a step here was not scheduled, unless its step is still running: the interval was then waited for in
-    # vain, and what lies behind the lane's newest step is seen as a slice.
+    # vain, and what lies behind the lane's newest step is seen as a slice. So is who has tokens of which no step tells.
     if activity.close_ns is not None:
-        return []
+        return activity.segments(t0, t1) if activity.last_step_ns is None and activity.output_tokens else []
     lane = engine.lane_of(activity)
     if lane is not None and lane.t1_ns < t1:
         return activity.segments(max(t0, lane.t1_ns), t1)

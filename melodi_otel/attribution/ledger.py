@@ -269,6 +269,14 @@ class Ledger:
         else:
             self._inbox.append((self._core.arrivals.step, arguments))
 
+    def heard(self, engine: EngineId, t_ns: int) -> None:
+        """All steps of an engine in another process that ended by ``t_ns`` have been told.
+
+        Once this was said of an engine, an interval in which one of its requests ended waits until it is said again, of that
+        end; as long as for a step that runs.
+        """
+        self._inbox.append((self._core.heard, (engine, t_ns)))
+
     def work(
         self,
         engine: EngineId,
@@ -316,11 +324,11 @@ class Ledger:
     # --- closing ---------------------------------------------------------------------------------------------------
 
     def stir(self, now_ns: int) -> bool:
-        """Drain the inbox and close nothing: whether :meth:`settle` should wait for news of open requests.
+        """Drain the inbox and close nothing: whether :meth:`settle` should wait for news of requests.
 
-        True where the sensor has moved since the last settling and a request is open. A hub then asks its clients for their
-        counts, gives them a moment, and settles; what is never answered is settled all the same. May be called any number of
-        times; ``now_ns`` is the time of the question.
+        True where the sensor has moved since the last settling and a request is open, or one's last steps are on their way.
+        A hub then asks its clients, gives them a moment, and settles; what is never answered is settled all the same. May be
+        called any number of times; ``now_ns`` is the time of the question.
         """
         with self._lock, self._as_settler():
             self._drain()

@@ -3,7 +3,7 @@
 A reading that moves a meter sets off a round::
 
     sampler's thread   reading ─► moved()
-    loop               stir the ledger ─► Ask every program with probed requests ─► (answers, at most 30 ms)
+    loop               stir the ledger ─► Ask every program with probed requests or engines ─► (answers, ≤ 30 ms)
                        settle ─► write the journal ─► Settled to whoever waits, Accrued once a second
 
 The journal comes before the news: what a program has been told is in it (see :mod:`melodi_otel.hub.journal`).
@@ -214,9 +214,9 @@ class Server:
         if moved:
             self._asks += 1
             for session, connection in self._sessions.items():
-                if session.probed:
-                    session.asked, asked = self._asks, True
-                    connection.send([wire.Ask(self._asks)])
+                if session.probed or session.stepping:
+                    connection.send([session.ask(self._asks, self._now_ns())])
+                    asked = asked or session.asked is not None
         if asked:
             self._round = self._loop.call_later(ANSWER_S, self._settle)
         else:
@@ -225,7 +225,11 @@ class Server:
     def closed(self, t_ns: int) -> None:
         """A request has ended at ``t_ns``: where that is covered already, no reading is waited for."""
         if t_ns < self._moved_ns and self._late is None and self._round is None:
-            self._late = self._loop.call_later(LATE_S, self._settle)
+            self._late = self._loop.call_later(LATE_S, self._settle_late)
+
+    def _settle_late(self) -> None:
+        self._late = None
+        self._stir()
 
     def answered(self) -> None:
         """A program has answered: settle where it was the last one."""
@@ -462,6 +466,9 @@ class Connection(asyncio.Protocol):
         if session.closed_ns is not None:
             self.server.closed(session.closed_ns)
             session.closed_ns = None
+        if session.caught_up:
+            session.caught_up = False
+            self.server.closed(0)  # what waits for its steps does so no more
         if self._greeted and session.asked is None:
             self.server.answered()
 

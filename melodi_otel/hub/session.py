@@ -44,6 +44,7 @@ class Books(Meter, Protocol):
     def unseen(self, t_ns: int, change: int) -> None: ...
     def forgo(self, key: Key) -> None: ...
     def delivered(self, key: Key) -> None: ...
+    def heard(self, engine: EngineId, t_ns: int) -> None: ...
 
 
 class Session:
@@ -77,6 +78,8 @@ class Session:
         self.awaited: set[str] = set()
         self.probed = 0
         self.asked: int | None = None
+        self.asks: deque[tuple[int, int]] = deque(maxlen=64)  # questions without an answer, and when they were put
+        self.caught_up = False  # an answer came after its round
         self.undelivered: deque[tuple[int, list[Told]]] = deque()
         self.resumed: dict[Key, tuple[bool, list[Share]]] = {}  # told at the greeting, and maybe not read yet
         self.closed_ns: int | None = None  # the earliest close since somebody looked
@@ -298,9 +301,30 @@ class Session:
         for one in told:
             self._books.delivered(self._key(one.request))
 
+    @property
+    def stepping(self) -> bool:
+        """Whether an engine runs there, whose steps may be on their way."""
+        return bool(self._declared)
+
+    def ask(self, number: int, now_ns: int) -> wire.Ask:
+        """A question how far it is; who has not answered the last one, and has only steps to tell, is not waited for."""
+        if self.probed or not self.asks:
+            self.asked = number
+        self.asks.append((number, now_ns))
+        return wire.Ask(number)
+
     def _answered(self, message: wire.Answered) -> None:
         if message.ask == self.asked:
             self.asked = None
+        elif self.asks and self._declared:
+            self.caught_up = True
+        t_ns = 0
+        while self.asks and self.asks[0][0] <= message.ask:
+            t_ns = self.asks.popleft()[1]
+        if t_ns:
+            # What had happened when it was asked stood before the answer.
+            for number in self._declared:
+                self._books.heard(EngineId(self.group, number), t_ns)
 
     def _close(self, message: wire.Closed) -> None:
         request = message.request
@@ -385,7 +409,10 @@ class Session:
             "experts_per_token": per_token,
         }
         t_ns = min(message.t_ns, self._now_ns)
-        self._books.engine(EngineId(self.group, message.number), t_ns, message.state, **told)
+        engine = EngineId(self.group, message.number)
+        self._books.engine(engine, t_ns, message.state, **told)
+        if message.state != "gone":
+            self._books.heard(engine, t_ns)
 
 
 def chunks(told: Sequence[Told], limit: int = wire.FRAME_LIMIT // 2) -> list[list[Told]]:

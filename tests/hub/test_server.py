@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.meter import Key, Share
+from melodi_otel.attribution.meter import Decode, Key, Prefill, Share
 from melodi_otel.devices import Device
 from melodi_otel.hub import server as server_module
 from melodi_otel.hub import wire
@@ -422,6 +422,56 @@ def test_an_old_question_is_not_waited_for(hub):
     (session,) = hub.server._sessions
     hub.until(lambda: session.asked is None)  # the wait is over
     assert hub.server._round is None
+
+
+def shared_engine(hub):
+    """The two programs of one engine: who opens requests, and who tells steps; a request that has just ended there."""
+    front, core = hub.connect(name="front", alone=False), hub.connect(name="core", alone=False)
+    now_ns = hub.clock.monotonic_ns()
+    core.say(wire.EngineTold(1, now_ns, "ready", "m", ["GPU-0"], None, [], (None,) * 7), wire.StatusAsked(1))
+    core.hear(wire.StatusAnswered)
+    front.say(msgspec.structs.replace(opened(hub), engine=1), wire.StatusAsked(1))
+    front.hear(wire.StatusAnswered)
+    hub.clock.advance(0.9)
+    front.say(closed(hub), wire.StatusAsked(2))
+    front.hear(wire.StatusAnswered)
+    hub.clock.advance(-0.9)
+    return front, core, now_ns
+
+
+def test_steps_of_another_program_are_asked_for(hub):
+    """A request ends: the program whose engine computes it is asked, and its steps come before its answer; then it settles."""
+    front, core, now_ns = shared_engine(hub)
+    hub.read()
+    ask = core.hear(wire.Ask)
+    step = wire.Stepped(1, 0, 1, now_ns, now_ns + S // 2, None, Decode(0, 0), [Prefill("r", 5, 0)], [], [], [])
+    core.say(step, wire.Answered(ask.ask))
+    (share,) = front.settled()
+    assert (share.dynamic, share.static, share.method) == (80.0, 10.0, "exclusive")
+
+
+def test_steps_that_come_after_the_round(hub):
+    """An answer that comes after its round settles the requests whose steps it brought, without another reading."""
+    front, core, now_ns = shared_engine(hub)
+    hub.read()
+    ask = core.hear(wire.Ask)
+    hub.until(lambda: hub.settled and hub.server._round is None)
+    assert not front.inbox
+    step = wire.Stepped(1, 0, 1, now_ns, now_ns + S // 2, None, Decode(0, 0), [Prefill("r", 5, 0)], [], [], [])
+    core.say(step, wire.Answered(ask.ask))
+    assert front.settled()[0].dynamic == 80.0
+
+
+def test_an_engine_that_says_nothing_is_waited_for_once(hub):
+    """A program that has only steps to tell and does not answer holds up one round, not every one after it."""
+    _, core, _ = shared_engine(hub)
+    hub.read()
+    core.hear(wire.Ask)
+    hub.until(lambda: hub.settled and hub.server._round is None)
+    session = next(session for session in hub.server._sessions if session.stepping)
+    hub.read()
+    core.hear(wire.Ask)
+    assert session.asked is None
 
 
 def test_the_journal_comes_before_the_news(hub, monkeypatch):

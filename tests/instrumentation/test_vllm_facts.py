@@ -148,6 +148,18 @@ def test_cache_bytes() -> None:
     assert cache(1, 8, name="MLAAttentionSpec") == 2 * 4096 / 16
 
 
+def test_a_name_that_the_cache_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is no repository (a bucket's address) has uncounted parameters; all else is known of it."""
+    library: Any = ModuleType("huggingface_hub")
+
+    def refuse(repository: str, _: str) -> None:
+        raise ValueError(f"{repository} is no name of a repository")
+
+    library.try_to_load_from_cache = refuse
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    assert cache(1, 1) == 2 * 4096 / 16
+
+
 def test_engines_of_a_program_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each engine that a process makes has its own, which its cores find in the environment; without one it is the first."""
     monkeypatch.setattr(facts, "_made", 0)

@@ -177,7 +177,10 @@ def _folder(model: str) -> Path | None:
     if Path(model).is_dir():
         return Path(model)
     cache: Any = sys.modules.get("huggingface_hub")
-    found: Any = None if cache is None else cache.try_to_load_from_cache(model, "config.json")
+    try:
+        found: Any = None if cache is None else cache.try_to_load_from_cache(model, "config.json")
+    except Exception:  # it takes names of repositories alone: a bucket's address or a folder that is gone is none
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

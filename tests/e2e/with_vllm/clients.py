@@ -139,6 +139,11 @@ def mixed(number: int, *, leave_every: int = 0, longest: int = 64) -> list[Ask]:
     return asks
 
 
+def warm_up(url: str, number: int = 16) -> list[Answer]:
+    """Short requests before those that are looked at: an engine's first steps take seconds, and whoever is there pays them."""
+    return fire(url, [Ask(f"warm {index}", max_tokens=4) for index in range(number)])
+
+
 def fire(url: str, asks: Iterable[Ask], *, at_once: int = 64) -> list[Answer]:
     """Send all requests, at most ``at_once`` of them under way; the answers in the same order.
 

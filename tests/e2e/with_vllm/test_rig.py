@@ -56,11 +56,12 @@ def test_a_client_leaves(vllm_server: Callable[..., VllmServer]) -> None:
     """Clients that go away in the middle end their requests: the server counts fewer tokens than were asked for."""
     server = vllm_server()
     before = server.counted("generation_tokens_total")
-    asks = [Ask(f"{n} leaves", max_tokens=480, n=8, stream=True, leave_after=1) for n in range(8)]
-    answers = fire(server.url, asks)
+    # One after the other: a server that is busy with all of them may be done before it looks who is still there.
+    asks = [Ask(f"{n} leaves", max_tokens=480, stream=True, leave_after=1) for n in range(8)]
+    answers = [fire(server.url, [ask])[0] for ask in asks]
     assert all(answer.left and answer.usage is None for answer in answers)
     server.rest()
-    assert 8 <= server.counted("generation_tokens_total") - before < 8 * 8 * 480
+    assert 8 <= server.counted("generation_tokens_total") - before < 8 * 480
 
 
 def test_same_flags_same_server(vllm_server: Callable[..., VllmServer]) -> None:

@@ -14,7 +14,7 @@ from tests.e2e.with_vllm.rig import PACKAGE, VllmServer, gpu
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 LEAVE = 8
-"""Clients that ask for four long answers each, more than run at once, and go away at their first token."""
+"""Clients that ask for four long answers each, one client after the other, and go away at their first token."""
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -49,7 +49,8 @@ def day(vllm_server: Callable[..., VllmServer]) -> Day:
         Ask("a traced request", max_tokens=3, headers={"traceparent": f"00-{TRACE}-{SPAN}-01"}),
     ]
     answers += [fire(server.url, [ask])[0] for ask in single]
-    answers += fire(server.url, [Ask(f"{n} leaves", 480, n=4, stream=True, leave_after=1) for n in range(LEAVE)])
+    leaving = [Ask(f"{n} leaves", 480, n=4, stream=True, leave_after=1) for n in range(LEAVE)]
+    answers += [fire(server.url, [ask])[0] for ask in leaving]
     server.rest()
     spans = told(server, 64 + 1 + 3 + 3 + LEAVE)
     kinds = ("prompt", "generation")

@@ -1,0 +1,124 @@
+"""Steps that another process tells: an ended request waits for those that are on their way, bounded."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+
+from melodi_otel.attribution.ledger import Ledger
+from melodi_otel.attribution.meter import EngineId, Key, Prefill, Share
+from melodi_otel.devices import Device
+
+S = 1_000_000_000
+MS = 1_000_000
+FIRST, SECOND = EngineId("g", 1000), EngineId("g", 1001)
+REQUEST = Key("g", "a")
+
+
+def ledger(*engines: EngineId) -> Ledger:
+    """One GPU of 100 W that is idle at 0 W, and engines of other processes, heard until 0."""
+    made = Ledger(patience_s=None)
+    made.device(Device("GPU-0", "gpu", idle_watts=0.0))
+    made.counter("GPU-0", 0, 0.0)
+    for engine in engines:
+        made.engine(engine, 0, devices=("GPU-0",))
+        made.heard(engine, 0)
+    return made
+
+
+def ended(made: Ledger, outcome: str = "stop") -> Future[list[Share]]:
+    """A request of 0.6 s with ten tokens, whose steps nobody has told yet; the counter has been read after it."""
+    made.open(REQUEST, 0, engine=FIRST)
+    future = made.close(REQUEST, 600 * MS, 10, outcome)  # type: ignore[arg-type]
+    made.counter("GPU-0", S, 100.0)
+    return future
+
+
+def test_steps_that_come_after_the_end() -> None:
+    """The request's steps come after its end and after the reading: it settles when they are there, and has their joules."""
+    made = ledger(FIRST)
+    future = ended(made)
+    assert made.stir(S)
+    made.settle(S)
+    assert not future.done()
+    made.step(FIRST, 0, 1, 0, 500 * MS, prefill=[Prefill("a", 5, 0)])
+    made.heard(FIRST, S)
+    made.settle(S)
+    (share,) = future.result(0)
+    assert (share.joules, share.method) == (100.0, "exclusive")
+    assert not made.stir(S)
+
+
+def test_steps_that_never_come() -> None:
+    """The wait is bounded; a request with tokens of which no step tells is divided as a slice, and never has 0 J."""
+    made = ledger(FIRST)
+    future = ended(made)
+    made.settle(3 * S)
+    (share,) = future.result(0)
+    assert share.joules == 100.0
+    assert share.method != "step"
+
+
+def test_an_engine_of_this_process_needs_no_word() -> None:
+    """Who tells each step as it ends has nothing under way: its requests settle with the first reading."""
+    made = Ledger(patience_s=None)
+    made.device(Device("GPU-0", "gpu", idle_watts=0.0))
+    made.counter("GPU-0", 0, 0.0)
+    made.step(FIRST, 0, 1, 0, 0)
+    future = ended(made)
+    made.settle(S)
+    assert future.done()
+
+
+def test_an_engine_that_is_gone() -> None:
+    """An engine that has gone tells nothing more."""
+    made = ledger(FIRST)
+    future = ended(made)
+    made.engine(FIRST, S, "gone")
+    made.settle(S)
+    assert future.done()
+
+
+def test_any_engine_of_the_group_may_compute_it() -> None:
+    """A front end knows no engine: one that is opened with the first and stands in no step waits for the second's, too."""
+    made = ledger(FIRST, SECOND)
+    for engine in (FIRST, SECOND):  # both have shown steps before
+        made.step(engine, 0, 1, 0, 0)
+    future = ended(made)
+    made.heard(FIRST, S)
+    made.settle(S)
+    assert not future.done()
+    made.step(SECOND, 0, 2, 0, 500 * MS, prefill=[Prefill("a", 5, 0)])
+    made.heard(SECOND, S)
+    made.settle(S)
+    assert future.result(0)[0].joules == 100.0
+
+
+def test_another_engine_that_computes_it_is_waited_for() -> None:
+    """A request moves to the engine whose step names it first: one that runs there across a reading is waited for."""
+    made = ledger(FIRST, SECOND)
+    for engine in (FIRST, SECOND):
+        made.step(engine, 0, 1, 0, 0)
+    made.open(REQUEST, 0, engine=FIRST)
+    made.step(SECOND, 0, 2, 0, 500 * MS, prefill=[Prefill("a", 5, 0)])
+    made.counter("GPU-0", S, 100.0)
+    made.settle(S)
+    assert made.accrued() == {}
+    made.step(SECOND, 0, 3, 500 * MS, 1500 * MS, computed=[Prefill("a", 1, 5)])
+    made.settle(S)
+    assert sum(share.joules or 0.0 for share in made.accrued()[REQUEST]) == pytest.approx(100.0)
+
+
+def test_who_leaves_in_the_first_step() -> None:
+    """An abort in a request's first step waits for the end of that step."""
+    made = ledger(FIRST)
+    made.step(FIRST, 0, 1, 0, 0)
+    future = ended(made, "abort")
+    made.heard(FIRST, S)
+    made.settle(S)
+    assert not future.done()
+    made.step(FIRST, 0, 2, 0, 2 * S, prefill=[Prefill("a", 5, 0)])
+    made.counter("GPU-0", 2 * S, 200.0)
+    made.settle(2 * S)
+    assert future.result(0)[0].joules == 200.0
