@@ -190,7 +190,7 @@ def test_a_block_at_a_hub(machine: Machine) -> None:
     whole = between["intel-rapl:0"]
     assert whole is not None
     assert 0.0 < m.joules <= whole
-    assert whole == pytest.approx(20.0, rel=0.5)
+    assert whole == pytest.approx(50.0 * (end - begin) / 1e9, rel=0.3)
 
 
 def test_reasons(machine: Machine, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def test_sixteen_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str], ne
     sizes = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
     provider, captured = TracerProvider(), CapturedSpans()
     provider.add_span_processor(captured)
-    config = Config(nvml_library=str(fake.library), sources=("nvml",), engine_devices=(GPU,))
+    # A first step may take a second and more on a busy machine; it is waited for.
+    config = Config(nvml_library=str(fake.library), sources=("nvml",), engine_devices=(GPU,), span_wait=20.0)
     runtime = Runtime(config, environ={}, tracer_provider=provider)
     runtime.start()
     runtime.instrument_libraries()
