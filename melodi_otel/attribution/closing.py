@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -27,11 +27,17 @@ def wait_s(device: Device, interval_s: float = 0.1) -> float:
 
 
 def may_close(
-    account: Account, interval: Interval, now_ns: int, engines: list[EngineState], longest_s: float | None = None
+    account: Account,
+    interval: Interval,
+    now_ns: int,
+    engines: list[EngineState],
+    longest_s: float | None = None,
+    everywhere: Collection[EngineState] = (),
 ) -> bool:
     """Whether the evidence for ``interval`` is complete, or late enough to do without.
 
-    ``longest_s`` is how late that is; None: :data:`STEP_PART` of :func:`wait_s` of the device.
+    ``longest_s`` is how late that is; None: :data:`STEP_PART` of :func:`wait_s` of the device. ``engines``: those that may have
+    used the device; ``everywhere``: all there are, one of which may compute a request of which no step has told yet.
     """
     if interval.gap:
         return True  # nobody's joules: there is no evidence to wait for
@@ -41,22 +47,30 @@ def may_close(
     cpu_ns = account.cpu.last_ns
     if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):
         return False
+    t1_ns, everywhere = interval.t1_ns, everywhere or engines
+    if any(
+        running(engine, activity, t1_ns, now_ns, everywhere) for engine in engines for activity in engine.open.values()
+    ):
+        return False
+    # Who was opened with another engine of the group, and stands in no step yet, may be in the first one of an engine here.
     return not any(
-        running(engine, activity, interval.t1_ns, now_ns, engines)
+        running(engine, activity, t1_ns, now_ns, everywhere)
+        for other in everywhere
+        if other not in engines
+        for activity in other.open.values()
+        if activity.last_step_ns is None and not activity.own_lane
         for engine in engines
-        for activity in engine.open.values()
+        if engine.id.group == other.id.group and engine.evidence == "steps"
     )
 
 
-def running(
-    engine: EngineState, activity: Activity, t_ns: int, now_ns: int, engines: Sequence[EngineState] = ()
-) -> bool:
-    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet; ``engines``: all on the device."""
+def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int, engines: Collection[EngineState]) -> bool:
+    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet; ``engines``: all there are."""
     if activity.open_ns >= t_ns:
         return False
     if activity.close_ns is not None:
         end_ns = min(t_ns, activity.close_ns)
-        if unheard(engines or (engine,), activity, end_ns):
+        if unheard(engines, activity, end_ns):
             return True
         # An abort is known before the step that computed its last token; any other end comes after its steps.
         if activity.outcome not in ("abort", "error") or activity.own_lane:

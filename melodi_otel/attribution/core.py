@@ -314,9 +314,9 @@ class Core:
         """Close intervals and finish requests."""
         self._retire_strays(now_ns, force)
         for account in self.accounts.values():
-            engines = self._engines_on(account)
+            engines, everywhere = self._engines_on(account), self.roster.engines.values()
             while account.waiting and (
-                force or may_close(account, account.waiting[0], now_ns, engines, self.step_wait_s)
+                force or may_close(account, account.waiting[0], now_ns, engines, self.step_wait_s, everywhere)
             ):
                 self._close_interval(account, account.waiting.popleft(), engines)
         for activity in list(self.closing.values()):

@@ -93,17 +93,27 @@ class Roster:
         for device, accrual in stray.accruals.items():
             into.accruals.setdefault(device, Accrual()).merge(accrual)
             into.step_devices[device] = None
+        into.step_devices.update(stray.step_devices)
         for account in accounts:
             for step in account.steps:
                 for row in step.rows:
                     if row.activity is stray:
                         row.activity = into
-        if into.engine is None:
-            into.engine = stray.engine
-        into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
         self.activities.pop(stray.key, None)
         if stray.engine is not None:
-            self.engines[stray.engine].open.pop(id(stray), None)
+            computes = self.engines[stray.engine]
+            computes.open.pop(id(stray), None)
+            for lane in computes.lanes.values():
+                if stray in lane.last:
+                    lane.last.remove(stray)
+                    lane.last.add(into)
+            # The engine that computes it is known from here on, whichever it was opened with.
+            if into.engine is None or into.last_step_ns is None:
+                if into.engine is not None:
+                    self.engines[into.engine].open.pop(id(into), None)
+                into.engine = stray.engine
+                computes.open[id(into)] = into
+        into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
 
     def only_block(self, request: Activity) -> Activity | None:
         """The block of code that a request without a known parent runs in.

@@ -161,6 +161,13 @@ class BusyLine(msgspec.Struct, tag="busy", tag_field="kind", omit_defaults=True)
     device: str
 
 
+class HeardLine(msgspec.Struct, tag="heard", tag_field="kind", omit_defaults=True):
+    """All steps of an engine of another process that ended by ``t`` have been told: the lines before this one are all."""
+
+    t: float
+    engine: str
+
+
 class UnseenLine(msgspec.Struct, tag="unseen", tag_field="kind", omit_defaults=True):
     """From ``t`` on, ``change`` more pieces of work run (or fewer) that are reported when they are over."""
 
@@ -181,6 +188,7 @@ Line = (
     | ForeignLine
     | BusyLine
     | UnseenLine
+    | HeardLine
 )
 
 KINDS: Final[dict[str, type[msgspec.Struct]]] = {
@@ -196,6 +204,7 @@ KINDS: Final[dict[str, type[msgspec.Struct]]] = {
     "foreign": ForeignLine,
     "busy": BusyLine,
     "unseen": UnseenLine,
+    "heard": HeardLine,
 }
 KNOWN_KEYS: Final = {kind: frozenset(("kind", *struct.__struct_fields__)) for kind, struct in KINDS.items()}
 

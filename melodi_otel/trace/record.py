@@ -61,6 +61,7 @@ class Recorder:
             "engine": self._engine,
             "open": self._open,
             "work_unseen": self._unseen,
+            "heard": self._heard,
             "bind": self._bind,
             "progress": self._progress,
             "step": self._step,
@@ -223,6 +224,9 @@ class Recorder:
 
     def _unseen(self, t_ns: int, change: int) -> None:
         self._line(form.UnseenLine(seconds(t_ns), change))
+
+    def _heard(self, engine: EngineId, t_ns: int) -> None:
+        self._line(form.HeardLine(seconds(t_ns), engine_name(engine)))
 
     def _bind(self, key: Key, child_id: str) -> None:
         self._line(form.BindLine(seconds(self._t_ns), key.request, child_id))

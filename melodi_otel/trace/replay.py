@@ -150,6 +150,10 @@ class Replay:
                 self._ledger.busy(line.device, self._now(line.t))
             case form.UnseenLine():
                 self._ledger.unseen(self._now(line.t), line.change)
+            case form.HeardLine():
+                t_ns = self._now(line.t)
+                if self._method is None:
+                    self._ledger.heard(self._engine_id(line.engine), t_ns)
             case form.DeviceLine():
                 self._device(line)
             case form.EngineLine():

@@ -122,3 +122,49 @@ def test_who_leaves_in_the_first_step() -> None:
     made.counter("GPU-0", 2 * S, 200.0)
     made.settle(2 * S)
     assert future.result(0)[0].joules == 200.0
+
+
+def test_the_other_engines_device_waits_too() -> None:
+    """Two engines with a GPU each: a request that neither has told of is charged on none before both were heard."""
+    made = Ledger(patience_s=None)
+    for name in ("GPU-0", "GPU-1"):
+        made.device(Device(name, "gpu", idle_watts=0.0))
+        made.counter(name, 0, 0.0)
+    for engine, name in ((FIRST, "GPU-0"), (SECOND, "GPU-1")):
+        made.engine(engine, 0, devices=(name,))
+        made.heard(engine, 0)
+        made.step(engine, 0, 1, 0, 0)
+    made.open(REQUEST, 0, engine=FIRST)
+    future = made.close(REQUEST, 600 * MS, 10, "stop")
+    for name in ("GPU-0", "GPU-1"):
+        made.counter(name, S, 100.0)
+    made.heard(FIRST, S)
+    made.settle(S)
+    made.step(SECOND, 0, 2, 0, 500 * MS, prefill=[Prefill("a", 5, 0)])
+    made.heard(SECOND, S)
+    made.settle(S)
+    assert {share.device: share.joules for share in future.result(0)} == {"GPU-1": 100.0}
+
+
+def test_steps_that_come_before_it_is_known_whose_they_are() -> None:
+    """An engine tells steps of an id before the front end tells whose it is: the request is that engine's, on its GPU alone."""
+    made = Ledger(patience_s=None)
+    for engine, name in ((FIRST, "GPU-0"), (SECOND, "GPU-1")):
+        made.device(Device(name, "gpu", idle_watts=0.0))
+        made.counter(name, 0, 0.0)
+        made.engine(engine, 0, devices=(name,))
+        made.heard(engine, 0)
+    made.open(REQUEST, 0, engine=FIRST)
+    made.step(SECOND, 0, 1, 0, 300 * MS, prefill=[Prefill("child", 5, 0)])
+    made.bind(REQUEST, "child")
+    for name in ("GPU-0", "GPU-1"):
+        made.counter(name, 500 * MS, 50.0)
+        made.counter(name, S, 100.0)
+    made.heard(FIRST, S)
+    made.settle(S)
+    # It stands in the newest step there: the interval waits for the next one.
+    made.step(SECOND, 0, 2, 300 * MS, S, computed=[Prefill("child", 1, 5)])
+    future = made.close(REQUEST, S, 2, "stop")
+    made.heard(SECOND, S)
+    made.settle(S)
+    assert {share.device: share.joules for share in future.result(0)} == {"GPU-1": pytest.approx(100.0)}

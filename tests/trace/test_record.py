@@ -131,3 +131,28 @@ def test_a_busy_gpu_is_replayed(tmp_path: Path) -> None:
     assert share.static == pytest.approx(50.0)
     replayed = [line for line in Replay().run(path.read_bytes().splitlines()) if line["kind"] == "share"]
     assert [line["static"] for line in replayed] == [pytest.approx(50.0)]
+
+
+def test_steps_of_another_process_are_replayed(tmp_path: Path) -> None:
+    """A request that waited for steps which came after its end waits for them in the replay, too, and has the same joules."""
+    path = tmp_path / "heard.jsonl"
+    recorder = Recorder(path)
+    ledger = Ledger(patience_s=None, tap=recorder.tap)
+    ledger.device(Device("D", "gpu", idle_watts=0.0))
+    ledger.counter("D", 0, 0.0)
+    engine = EngineId("g", 1)
+    ledger.engine(engine, 0, devices=("D",))
+    ledger.heard(engine, 0)
+    ledger.open(Key("g", "a"), 0, engine=engine)
+    future = ledger.close(Key("g", "a"), S, 5, "stop")
+    ledger.counter("D", S, 100.0)
+    ledger.counter("D", 3 * S // 2, 150.0)
+    ledger.settle(S)
+    ledger.step(engine, 0, 1, S // 2, S, prefill=[Prefill("a", 5, 0)])
+    ledger.heard(engine, S)
+    ledger.settle(S)
+    recorder.close()
+    (share,) = future.result(0)
+    replayed = [line for line in Replay().run(path.read_bytes().splitlines()) if line["kind"] == "share"]
+    assert [line["joules"] for line in replayed] == [share.joules]
+    assert [line["method"] for line in replayed] == [share.method]

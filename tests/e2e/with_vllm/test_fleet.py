@@ -36,6 +36,7 @@ def test_two_servers_two_engines(vllm_server: Callable[..., VllmServer], capsys:
     looked_at = [span for span in spans if not str(span.of("gen_ai.response.id")).startswith(warm)]
     assert len(looked_at) == 64
     used = [{name for name in span.of("melodi.energy.devices") or () if name.startswith("GPU-")} for span in looked_at]
-    assert {frozenset(names) for names in used if names} == {frozenset({gpu(0)}), frozenset({gpu(1)})}
+    both = [span.attributes for span, names in zip(looked_at, used, strict=True) if len(names) > 1]
+    assert {frozenset(names) for names in used if names} == {frozenset({gpu(0)}), frozenset({gpu(1)})}, both
     with capsys.disabled():
         print(f"\n  2 API servers, 2 engines, {server.start_s:.0f} s to start: {figures}", end="")
