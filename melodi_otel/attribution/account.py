@@ -86,6 +86,17 @@ class Account:
                 for booked in (self.attributed, accrual.booked):
                     booked[unseen] = booked.get(unseen, 0.0) + joules
 
+    def rename(self, accrual: Accrual, who: Who) -> None:
+        """It is known only now whose the joules are that somebody has accrued here: they count as ``who``'s from now on."""
+        for at, joules in list(accrual.booked.items()):
+            known, phase, quality = at
+            if known != who:
+                named = (who, phase, quality)
+                del accrual.booked[at]
+                self.attributed[at] -= joules
+                for booked in (self.attributed, accrual.booked):
+                    booked[named] = booked.get(named, 0.0) + joules
+
     def bucket(self, bucket: Bucket) -> float:
         """J of one bucket over all holders."""
         return math.fsum(joules for (name, _), joules in self.buckets.items() if name == bucket)

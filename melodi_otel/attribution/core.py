@@ -166,9 +166,8 @@ class Core:
         known.gone = state == "gone"
 
     def heard(self, engine: EngineId, t_ns: int) -> None:
-        known = self.roster.engines.get(engine)
-        if known is not None:
-            known.heard_ns = max(t_ns, known.heard_ns or 0)
+        known = self.roster.engine(engine)
+        known.heard_ns = max(t_ns, known.heard_ns or 0)
 
     def open(
         self,
@@ -194,6 +193,7 @@ class Core:
         activity.anonymous = False
         who = self._who(model, labels or {})
         activity.model, activity.who = model, self._same.setdefault(who, who)
+        self.roster.named(activity, self.accounts)
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
         activity.reason = reason

@@ -7,7 +7,7 @@ activity at once; an ``open`` or ``bind`` that follows adopts it. Work after a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -88,6 +88,11 @@ class Roster:
         stray.open_ns = min(t_ns, stray.open_ns)
         return stray
 
+    def named(self, activity: Activity, accounts: Mapping[str, Account]) -> None:
+        """It is known now whose the joules are that ``activity`` accrued while only its steps had told of it."""
+        for device, accrual in activity.accruals.items():
+            accounts[device].rename(accrual, activity.who)
+
     def merge(self, stray: Activity, into: Activity, accounts: Iterable[Account]) -> None:
         """What ``stray`` accrued, and its steps in intervals that are still open, are those of ``into``."""
         for device, accrual in stray.accruals.items():
@@ -95,6 +100,8 @@ class Roster:
             into.step_devices[device] = None
         into.step_devices.update(stray.step_devices)
         for account in accounts:
+            if account.device.id in stray.accruals:
+                account.rename(into.accruals[account.device.id], into.who)
             for step in account.steps:
                 for row in step.rows:
                     if row.activity is stray:

@@ -84,7 +84,7 @@ def test_unknown_and_settled_keys_change_nothing(made: Ledger) -> None:
 
 
 def test_steps_of_an_id_that_was_bound_later_move_too() -> None:
-    """Joules booked under nobody's name before the id was known move from that name."""
+    """Joules booked before the id was known are the request's by name, and move with it."""
     ledger = Ledger(patience_s=None)
     ledger.device(Device("D", "gpu", idle_watts=0.0))
     ledger.counter("D", 0, 0.0)
@@ -96,7 +96,7 @@ def test_steps_of_an_id_that_was_bound_later_move_too() -> None:
     ledger.forgo(A)
     ledger.settle(S)
     assert {at: joules for at, joules in ledger.snapshot().attributed.items() if joules} == {
-        ("D", Who(), "prefill", "unavailable"): 100.0
+        ("D", Who("m"), "prefill", "unavailable"): 100.0
     }
 
 

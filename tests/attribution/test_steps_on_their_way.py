@@ -168,3 +168,26 @@ def test_steps_that_come_before_it_is_known_whose_they_are() -> None:
     made.heard(SECOND, S)
     made.settle(S)
     assert {share.device: share.joules for share in future.result(0)} == {"GPU-1": pytest.approx(100.0)}
+
+
+@pytest.mark.parametrize("how", ["bind", "open"])
+def test_joules_that_were_nobodys_yet_count_as_the_requests(how: str) -> None:
+    """An interval closes between a step and the word whose it is: metrics count its joules as the request's all the same."""
+    made = ledger(FIRST)
+    name = "child" if how == "bind" else "a"
+    if how == "bind":
+        made.open(REQUEST, 0, engine=FIRST, model="m")
+    made.step(FIRST, 0, 1, 0, S, prefill=[Prefill(name, 5, 0)])
+    made.counter("GPU-0", S, 100.0)
+    made.heard(FIRST, S)
+    made.settle(S)
+    if how == "bind":
+        made.bind(REQUEST, "child")
+    else:
+        made.open(REQUEST, 0, engine=FIRST, model="m")
+    future = made.close(REQUEST, S, 1, "stop")
+    made.settle(S)
+    assert future.result(0)[0].joules == 100.0
+    attributed = made.snapshot().attributed
+    assert sum(joules for at, joules in attributed.items() if "m" in str(at)) == pytest.approx(100.0)
+    assert sum(attributed.values()) == pytest.approx(100.0)
