@@ -77,25 +77,20 @@ class Account:
 
     def withdraw(self, accrual: Accrual) -> None:
         """What a request has accrued here is for nobody to see on a span: it counts as ``unavailable`` from now on."""
-        for at, joules in list(accrual.booked.items()):
-            who, phase, quality = at
-            if quality != "unavailable":
-                unseen = (who, phase, "unavailable")
-                del accrual.booked[at]
-                self.attributed[at] -= joules
-                for booked in (self.attributed, accrual.booked):
-                    booked[unseen] = booked.get(unseen, 0.0) + joules
+        for who, phase, quality in list(accrual.booked):
+            self._move(accrual, (who, phase, quality), (who, phase, "unavailable"))
 
     def rename(self, accrual: Accrual, who: Who) -> None:
         """It is known only now whose the joules are that somebody has accrued here: they count as ``who``'s from now on."""
-        for at, joules in list(accrual.booked.items()):
-            known, phase, quality = at
-            if known != who:
-                named = (who, phase, quality)
-                del accrual.booked[at]
-                self.attributed[at] -= joules
-                for booked in (self.attributed, accrual.booked):
-                    booked[named] = booked.get(named, 0.0) + joules
+        for known, phase, quality in list(accrual.booked):
+            self._move(accrual, (known, phase, quality), (who, phase, quality))
+
+    def _move(self, accrual: Accrual, at: tuple[Who, Phase, str], to: tuple[Who, Phase, str]) -> None:
+        if at != to:
+            joules = accrual.booked.pop(at)
+            self.attributed[at] -= joules
+            for booked in (self.attributed, accrual.booked):
+                booked[to] = booked.get(to, 0.0) + joules
 
     def bucket(self, bucket: Bucket) -> float:
         """J of one bucket over all holders."""

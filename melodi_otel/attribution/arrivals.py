@@ -130,10 +130,5 @@ class Arrivals:
     def _belongs(self, activity: Activity, state: EngineState) -> None:
         """A step names a request that was opened without its engine, or with another one, which has not computed it."""
         before = None if activity.engine is None else self._roster.engines[activity.engine]
-        if before is not None:
-            if before.evidence == "steps" and activity.last_step_ns is not None:
-                return
-            before.open.pop(id(activity), None)
-        activity.engine = state.id
-        if not activity.settled:
-            state.open[id(activity)] = activity
+        if before is None or before.evidence != "steps" or activity.last_step_ns is None:
+            self._roster.belongs(activity, state)

@@ -93,6 +93,14 @@ class Roster:
         for device, accrual in activity.accruals.items():
             accounts[device].rename(accrual, activity.who)
 
+    def belongs(self, activity: Activity, engine: EngineState) -> None:
+        """It is ``engine`` that computes ``activity``, whichever it was opened with."""
+        if activity.engine is not None:
+            self.engines[activity.engine].open.pop(id(activity), None)
+        activity.engine = engine.id
+        if not activity.settled:
+            engine.open[id(activity)] = activity
+
     def merge(self, stray: Activity, into: Activity, accounts: Iterable[Account]) -> None:
         """What ``stray`` accrued, and its steps in intervals that are still open, are those of ``into``."""
         for device, accrual in stray.accruals.items():
@@ -116,10 +124,7 @@ class Roster:
                     lane.last.add(into)
             # The engine that computes it is known from here on, whichever it was opened with.
             if into.engine is None or into.last_step_ns is None:
-                if into.engine is not None:
-                    self.engines[into.engine].open.pop(id(into), None)
-                into.engine = stray.engine
-                computes.open[id(into)] = into
+                self.belongs(into, computes)
         into.last_step_ns = max(into.last_step_ns or 0, stray.last_step_ns or 0) or None
 
     def only_block(self, request: Activity) -> Activity | None:
