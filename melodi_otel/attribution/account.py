@@ -9,9 +9,10 @@ from typing import Final
 from melodi_otel.attribution.activity import Accrual
 from melodi_otel.attribution.baseline import QUIET_CORES, QUIET_S, Baseline
 from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
-from melodi_otel.attribution.engines import Step
 from melodi_otel.attribution.evidence import CpuTime, Foreign
+from melodi_otel.attribution.lanes import Lane, Step
 from melodi_otel.attribution.late import Holder, Leavings
+from melodi_otel.attribution.riding import Clock
 from melodi_otel.attribution.state import Attributed, Booked, DeviceState, Known
 from melodi_otel.devices import Device
 from melodi_otel.timeline.timeline import Interval, Timeline
@@ -88,7 +89,7 @@ class Account:
     def _move(self, accrual: Accrual, at: tuple[Who, Phase, str], to: tuple[Who, Phase, str]) -> None:
         if at != to:
             joules = accrual.booked.pop(at)
-            self.attributed[at] -= joules
+            self.attributed[at] = self.attributed.get(at, 0.0) - joules
             for booked in (self.attributed, accrual.booked):
                 booked[to] = booked.get(to, 0.0) + joules
 
@@ -180,8 +181,29 @@ class Account:
     def steps_in(self, interval: Interval) -> list[Step]:
         """Steps that lie at least partly in the interval; those that ended before it are dropped."""
         t0, t1 = interval.t0_ns, interval.t1_ns
-        self.steps = [step for step in self.steps if step.t1_ns > t0]
-        return [step for step in self.steps if step.t0_ns < t1 or step.t1_ns == t1]
+        kept: list[Step] = []
+        found: list[Step] = []
+        for step in self.steps:
+            if step.t1_ns <= t0:
+                self.clock(step.lane).enter(step.number, step.changes)
+                continue
+            kept.append(step)
+            if step.t0_ns < t1 or step.t1_ns == t1:
+                found.append(step)
+        self.steps = kept
+        return found
+
+    def clock(self, lane: Lane) -> Clock:
+        """What counts the joules of a lane's decode set here."""
+        name = self.device.id
+        clock = lane.clocks.get(name)
+        if clock is None:
+            clock = lane.clocks[name] = Clock(name, self.attribute)
+        return clock
+
+    def attributed_joules(self) -> float:
+        """J of all requests, settled or not."""
+        return math.fsum(self.attributed.values())
 
     def learn(self, interval: Interval, loading: bool, foreign: float) -> None:
         """Let an interval without work teach the idle power."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from concurrent.futures import Future
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from melodi_otel.attribution.books import Phase, Who
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Reason, Share, Tier
+
+if TYPE_CHECKING:
+    from melodi_otel.attribution.lanes import Lane
+    from melodi_otel.attribution.riding import Rider
 
 log = logging.getLogger("melodi_otel")
 
@@ -31,9 +35,11 @@ class Accrual:
         "intervals",
         "prefill",
         "shared",
+        "spread",
         "static",
         "tiers",
         "unbased",
+        "unfit",
         "unsplit",
     )
 
@@ -44,6 +50,10 @@ class Accrual:
         self.static = 0.0
         # Energy that was really divided with others, by tier: what the tier's own error applies to.
         self.shared: dict[Tier, float] = {}
+        # The same, each times the relative error of the weights it was divided by: 1 sigma of it, in J.
+        self.spread = 0.0
+        # Joules of intervals that the fitted costs do not describe well.
+        self.unfit = 0.0
         self.tiers: dict[Tier, float] = {}
         # As the account has it in its attributed joules: by (who, phase, quality).
         self.booked: dict[tuple[Who, Phase, str], float] = {}
@@ -73,6 +83,8 @@ class Accrual:
         self.company_ns += other.company_ns
         self.intervals += other.intervals
         self.interval_ns += other.interval_ns
+        self.spread += other.spread
+        self.unfit += other.unfit
         self.foreign |= other.foreign
         self.unbased |= other.unbased
         for mine, theirs in ((self.shared, other.shared), (self.tiers, other.tiers)):
@@ -94,13 +106,11 @@ class Activity:
         "close_ns",
         "counted",
         "devices",
-        "end_ns",
         "engine",
         "first_token_ns",
         "forgone",
         "future",
         "key",
-        "last_step_ns",
         "late",
         "late_covered_ns",
         "model",
@@ -116,9 +126,11 @@ class Activity:
         "progress_t",
         "prompt_tokens",
         "reason",
+        "riders",
         "rows",
         "settled",
         "step_devices",
+        "stood_ns",
         "who",
     )
 
@@ -143,13 +155,14 @@ class Activity:
         self.children: list[str] = []
         self.rows = 1
         self.close_ns: int | None = None
-        self.end_ns: int | None = None
         self.outcome: Outcome | None = None
         # Reported when it was over: it is no part of any interval, and what it takes it takes at the end.
         self.late: Late | None = None
         self.reason: Reason | None = None
         self.late_covered_ns: dict[str, float] = {}
-        self.last_step_ns: int | None = None
+        # The end of its newest step outside of decode sets, and its places in those: a lane until it has left it.
+        self.stood_ns: int | None = None
+        self.riders: dict[Rider, Lane | None] = {}
         self.progress_t: list[int] = []
         self.progress_n: list[int] = []
         # Per device: each divides its own joules, at its own readings.
@@ -160,6 +173,25 @@ class Activity:
         # Nobody waits for its joules: its span has gone out without them.
         self.forgone = False
         self.settled = False
+
+    def stood(self, t_ns: int) -> None:
+        """It stood in a step that ended at ``t_ns``."""
+        if self.stood_ns is None or t_ns > self.stood_ns:
+            self.stood_ns = t_ns
+
+    @property
+    def last_step_ns(self) -> int | None:
+        """The end of the newest step that named it; None: none has."""
+        last = self.stood_ns
+        for lane in self.riders.values():
+            if lane is not None and lane.computed_ns and (last is None or lane.computed_ns > last):
+                last = lane.computed_ns
+        return last
+
+    @property
+    def end_ns(self) -> int | None:
+        """When what it used ends: its close, or the end of a step that began before; None while it is open."""
+        return None if self.close_ns is None else max(self.close_ns, self.last_step_ns or 0)
 
     def on(self) -> tuple[str, ...]:
         """The devices it is charged for: those of the steps that name it, else those it was opened with."""

@@ -1,17 +1,17 @@
-"""Engine steps as they arrive: deltas made whole, lanes kept apart, rows priced, every device told."""
+"""Engine steps as they arrive: deltas made whole, lanes kept apart, work put in rows, every device told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
-from melodi_otel.attribution.engines import EngineState, Lane, Step, Work, price, with_host
+from melodi_otel.attribution.engines import EngineState, Work, with_host
+from melodi_otel.attribution.lanes import Lane, Step, WorkRow
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.roster import Roster
-from melodi_otel.attribution.weights import CostModel
-from melodi_otel.devices import Device
+from melodi_otel.attribution.weights import touched
 
 SAME_LANE_NS: Final = 1_000_000
 """Steps given without a lane that overlap by less than this follow each other: clocks and rounding differ by that much."""
@@ -23,7 +23,6 @@ class Arrivals:
     Args:
         roster: who is there; ids that nobody has opened become anonymous activities.
         accounts: the devices' accounts, which keep steps until their intervals close.
-        model: where weights come from.
         host_devices: ids of CPU packages and memory that every step uses beside its accelerators.
         board: names of devices with those of slices replaced by their boards'.
     """
@@ -32,13 +31,11 @@ class Arrivals:
         self,
         roster: Roster,
         accounts: Mapping[str, Account],
-        model: CostModel,
         host_devices: Sequence[str],
         board: Callable[[tuple[str, ...]], tuple[str, ...]] = tuple,
     ) -> None:
         self._roster = roster
         self._accounts = accounts
-        self._model = model
         self._host_devices = host_devices
         self._board = board
 
@@ -58,10 +55,22 @@ class Arrivals:
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
         state = self._roster.engine(engine)
-        run = state.lanes.setdefault(lane, Lane())
+        run = state.lanes.get(lane)
+        if run is None:
+            run = state.lanes[lane] = Lane()
         # Where deltas are lost the client resends its set, and what ran in the gap is seen as slices.
         state.gaps += not run.follow(seq)
-        self._add(state, run, t0_ns, t1_ns, devices, run.advance(decode, prefill, computed, joined, left))
+        t0_ns, t1_ns = self._placed(state, run, t0_ns, t1_ns)
+        for name in left:
+            run.leave(name)
+        if run.ended:
+            joined = [*_over(run, t0_ns), *joined]
+        new = self._join(state, run, joined, t0_ns) if joined else []
+        for row in computed:
+            run.leave(row.id)
+        work = [Work(row.id, row.tokens, 0, row.context) for row in prefill]
+        work += [Work(row.id, 0, row.tokens, row.context) for row in computed]
+        self._add(state, run, t0_ns, t1_ns, devices, work, new, decode.n > 0)
 
     def work(
         self,
@@ -81,7 +90,49 @@ class Arrivals:
         )
         if run is None:
             run = state.lanes[len(state.lanes) if number is None else number] = Lane()
-        self._add(state, run, t0_ns, t1_ns, devices, work)
+        t0_ns, t1_ns = self._placed(state, run, t0_ns, t1_ns)
+        # Who goes on as the set expects it stays in it; nothing is done for them.
+        members, tick = run.members, run.tick
+        stay = 0
+        rows: list[Work] = []
+        joined: list[Joined] = []
+        for part in work:
+            name, prefill, decode, context = part
+            if decode == 1 and not prefill:
+                member = members.get(name)
+                if member is not None and member[1] + tick == context:
+                    stay += 1
+                else:
+                    joined.append(Joined(name, context))
+            else:
+                rows.append(part)
+        if stay < len(members):
+            staying = {part.id for part in work if part.decode == 1 and not part.prefill}
+            for name in [name for name in members if name not in staying]:
+                run.leave(name)
+        if run.ended:
+            joined += _over(run, t0_ns)
+        new = self._join(state, run, joined, t0_ns) if joined else []
+        self._add(state, run, t0_ns, t1_ns, devices, rows, new, stay > 0 or bool(joined))
+
+    def _placed(self, state: EngineState, run: Lane, t0_ns: int, t1_ns: int) -> tuple[int, int]:
+        """From when to when a step ran, behind the one before."""
+        if t0_ns < run.t1_ns:
+            state.clipped += 1
+            t0_ns = run.t1_ns
+        t1_ns = max(t0_ns, t1_ns)
+        run.t1_ns = t1_ns
+        return t0_ns, t1_ns
+
+    def _join(self, state: EngineState, run: Lane, joined: Sequence[Joined], t0_ns: int) -> list[Activity]:
+        """Ids enter the set; their activities that were not in it."""
+        new: list[Activity] = []
+        group = state.id.group
+        for name, context in joined:
+            activity = self._roster.participant(group, name, t0_ns)
+            if run.join(name, activity, context):
+                new.append(activity)
+        return new
 
     def _add(
         self,
@@ -91,44 +142,98 @@ class Arrivals:
         t1_ns: int,
         devices: tuple[str, ...] | None,
         work: Sequence[Work],
+        new: list[Activity],
+        computes: bool,
     ) -> None:
         if devices is not None:
             devices = self._board(devices)
-        if t0_ns < run.t1_ns:
-            state.clipped += 1
-            t0_ns = run.t1_ns
-        t1_ns = max(t0_ns, t1_ns)
-        run.t1_ns = t1_ns
-        theta = state.priced(self._model, self._known(devices or state.devices or ()))
-        group = state.id.group
-        rows = price(theta, work, lambda name: self._roster.participant(group, name, t0_ns))
-        named = devices if devices is not None else state.devices
-        if named is None:
-            named = rows[0].activity.devices if rows else ()
-        elif devices is not None:
-            named = with_host(devices, self._host_devices)
-        step = Step(t0_ns, t1_ns, rows)
+        rows, coverage = self._rows(state, run, work, t0_ns, computes)
+        step = Step(state.id, run, t0_ns, t1_ns, rows, run.changes, computes, coverage)
+        run.changes = []
         run.last = {row.activity for row in rows}
-        for row in rows:
-            activity = row.activity
+        if devices is not None:
+            named = with_host(devices, self._host_devices)
+        elif state.devices is not None:
+            named = state.devices
+        else:
+            named = rows[0].activity.devices if rows else next(iter(run.riding)).devices if run.riding else ()
+        told: Iterable[Activity] = [*(row.activity for row in rows), *new]
+        if named != run.named and step.participants:
+            told = [*told, *run.riding]
+            run.named = named
+            state.on.update(named)
+        for activity in told:
             if activity.engine != state.id:
                 self._belongs(activity, state)
-            activity.last_step_ns = max(t1_ns, activity.last_step_ns or 0)
-            if activity.close_ns is not None:
-                activity.end_ns = max(activity.end_ns or 0, t1_ns)
             for device in named:
                 activity.step_devices[device] = None
+            state.unstepped.pop(id(activity), None)
+            if activity in run.ended or activity.close_ns is None:
+                continue
+            if activity in run.riding:
+                run.ended.add(activity)
+        for row in rows:
+            row.activity.stood(t1_ns)
         state.evidence = "steps"
+        if step.participants or step.changes:
+            self._tell(step, run, named)
+
+    def _tell(self, step: Step, run: Lane, named: Sequence[str]) -> None:
+        """Hand a step to the devices it ran on; those of earlier steps have to know of its changes, new ones of the whole set."""
         for device in named:
             account = self._accounts.get(device)
-            if account is not None and rows:
+            if account is None:
+                continue
+            if device in run.on:
                 account.steps.append(step)
+            else:
+                run.on.add(device)
+                account.steps.append(step.copy(run.whole(), ran=True))
+        if step.changes and not run.on.issubset(named):
+            for device in run.on.difference(named):
+                self._accounts[device].steps.append(step.copy(step.changes, ran=False))
 
-    def _known(self, names: Sequence[str]) -> Iterator[Device]:
-        return (self._accounts[name].device for name in names if name in self._accounts)
+    def _rows(
+        self, state: EngineState, run: Lane, work: Sequence[Work], t0_ns: int, computes: bool
+    ) -> tuple[list[WorkRow], float]:
+        """The work outside of the set by activity, and the part of the experts that the step touches."""
+        routed = state.facts.routed
+        members = len(run.members) if computes else 0
+        if not work and routed is None:
+            return [], 0.0
+        rows: dict[Activity, WorkRow] = {}
+        group = state.id.group
+        whole, tokens = 0.0, float(members)
+        for name, prefill, decode, context in work:
+            activity = self._roster.participant(group, name, t0_ns)
+            row = rows.get(activity)
+            if row is None:
+                row = rows[activity] = WorkRow(activity)
+            row.participants += 1
+            row.prefill += prefill
+            row.decode += decode
+            row.cache += context
+            if prefill:
+                row.in_prefill = True
+                row.attention += prefill * (context + prefill / 2.0)
+            if routed is not None:
+                row.touched += touched(routed[0], prefill + decode)
+            tokens += prefill + decode
+        if routed is None:
+            return list(rows.values()), 0.0
+        coverage = touched(routed[0], tokens)
+        whole = sum([row.touched for row in rows.values()]) + members * touched(routed[0], 1.0)
+        for row in rows.values():
+            row.touched *= coverage / whole
+        return list(rows.values()), coverage
 
     def _belongs(self, activity: Activity, state: EngineState) -> None:
         """A step names a request that was opened without its engine, or with another one, which has not computed it."""
         before = None if activity.engine is None else self._roster.engines[activity.engine]
         if before is None or before.evidence != "steps" or activity.last_step_ns is None:
             self._roster.belongs(activity, state)
+
+
+def _over(run: Lane, t0_ns: int) -> list[Joined]:
+    """Ids that are in the set and over: a settled share is never revised, so they are somebody unknown from ``t0_ns`` on."""
+    return [Joined(name, context) for name, context in run.over(t0_ns)]

@@ -48,52 +48,68 @@ def may_close(
     if cpu_ns is not None and cpu_ns < interval.t1_ns - round(1e9 * account.interval_s / 2):
         return False
     t1_ns, everywhere = interval.t1_ns, everywhere or engines
-    if any(
-        running(engine, activity, t1_ns, now_ns, everywhere) for engine in engines for activity in engine.open.values()
-    ):
+    if any(running(engine, t1_ns, now_ns, everywhere) for engine in engines):
         return False
     # Who was opened with another engine of the group, and stands in no step yet, may be in the first one of an engine here.
     return not any(
-        running(engine, activity, t1_ns, now_ns, everywhere)
+        _waits(engine, activity, t1_ns, everywhere)
         for other in everywhere
-        if other not in engines
-        for activity in other.open.values()
-        if activity.last_step_ns is None and not activity.own_lane
+        if other.unstepped and other not in engines
+        for activity in other.unstepped.values()
+        if not activity.own_lane and activity.open_ns < t1_ns
         for engine in engines
         if engine.id.group == other.id.group and engine.evidence == "steps"
     )
 
 
-def running(engine: EngineState, activity: Activity, t_ns: int, now_ns: int, engines: Collection[EngineState]) -> bool:
-    """Whether ``activity`` may stand in a step across ``t_ns`` that has not been reported yet; ``engines``: all there are."""
-    if activity.open_ns >= t_ns:
-        return False
-    if activity.close_ns is not None:
-        end_ns = min(t_ns, activity.close_ns)
-        if unheard(engines, activity, end_ns):
-            return True
-        # An abort is known before the step that computed its last token; any other end comes after its steps.
-        if activity.outcome not in ("abort", "error") or activity.own_lane:
-            return False
-        lane = engine.lane_of(activity)
-        if lane is not None:
-            return lane.t1_ns < end_ns
-        # Whoever leaves in its first step stands in none yet; an error was perhaps never in one.
-        first = activity.outcome == "abort" and activity.last_step_ns is None and engine.evidence == "steps"
-        return first and not engine.gone and not any(lane.t1_ns >= end_ns for lane in engine.lanes.values())
-    if engine.evidence == "unknown":
+def running(engine: EngineState, t_ns: int, now_ns: int, engines: Collection[EngineState]) -> bool:
+    """Whether a request of ``engine`` may stand in a step across ``t_ns`` that has not been reported yet.
+
+    ``engines``: all there are.
+    """
+    if any(_ending(engine, activity, t_ns, engines) for activity in engine.ending.values()):
         return True
     if engine.evidence == "none":
         return False
-    if engine.evidence == "tokens":
-        told = activity.progress_t
-        return (not told or told[-1] < t_ns) and now_ns < t_ns + round(TOKENS_WAIT_S * 1e9)
-    if activity.last_step_ns is None:
-        if activity.own_lane:
+    if engine.evidence == "steps":
+        if any(lane.running(t_ns) for lane in engine.lanes.values()):
             return True
-        return not any(lane.t1_ns >= t_ns for lane in engine.lanes.values())
+        return any(
+            _waits(engine, activity, t_ns, engines) for activity in engine.unstepped.values() if activity.close_ns is None
+        )
+    open_now = (one for one in engine.open.values() if one.close_ns is None and one.open_ns < t_ns)
+    if engine.evidence == "unknown":
+        return any(open_now)
+    return now_ns < t_ns + round(TOKENS_WAIT_S * 1e9) and any(
+        not one.progress_t or one.progress_t[-1] < t_ns for one in open_now
+    )
+
+
+def _waits(engine: EngineState, activity: Activity, t_ns: int, engines: Collection[EngineState]) -> bool:
+    """The same of one request that stands in no step yet."""
+    if activity.open_ns >= t_ns:
+        return False
+    if activity.close_ns is not None:
+        return _ending(engine, activity, t_ns, engines)
+    return activity.own_lane or not any(lane.t1_ns >= t_ns for lane in engine.lanes.values())
+
+
+def _ending(engine: EngineState, activity: Activity, t_ns: int, engines: Collection[EngineState]) -> bool:
+    """The same of one that has been closed."""
+    if activity.open_ns >= t_ns or activity.close_ns is None:
+        return False
+    end_ns = min(t_ns, activity.close_ns)
+    if unheard(engines, activity, end_ns):
+        return True
+    # An abort is known before the step that computed its last token; any other end comes after its steps.
+    if activity.outcome not in ("abort", "error") or activity.own_lane:
+        return False
     lane = engine.lane_of(activity)
-    return lane is not None and lane.t1_ns < t_ns
+    if lane is not None:
+        return lane.t1_ns < end_ns
+    # Whoever leaves in its first step stands in none yet; an error was perhaps never in one.
+    first = activity.outcome == "abort" and activity.last_step_ns is None and engine.evidence == "steps"
+    return first and not engine.gone and not any(lane.t1_ns >= end_ns for lane in engine.lanes.values())
 
 
 def unheard(engines: Iterable[EngineState], activity: Activity, t_ns: int) -> bool:

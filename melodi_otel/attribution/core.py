@@ -18,6 +18,7 @@ from melodi_otel.attribution.finishing import shares_of
 from melodi_otel.attribution.interval import IntervalCloser
 from melodi_otel.attribution.meter import EngineId, Key, Late, Outcome, Probe, Reason, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.riding import reckon
 from melodi_otel.attribution.roster import ADOPT_NS, Roster
 from melodi_otel.attribution.state import State
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Roofline
@@ -63,7 +64,7 @@ class Core:
         self._same: dict[Who, Who] = {}  # one object for each: what is the same object need not be compared
         self._finished = finished
         self.slices: dict[str, str] = {}
-        self.arrivals = Arrivals(self.roster, self.accounts, self.model, host_devices, self._board)
+        self.arrivals = Arrivals(self.roster, self.accounts, host_devices, self._board)
         self._closer = IntervalCloser(self.roster, self.model, policy, best)
         self._moved = False
         self.changed = False
@@ -192,8 +193,8 @@ class Core:
         self.closing.pop(key, None)
         activity.anonymous = False
         who = self._who(model, labels or {})
-        activity.model, activity.who = model, self._same.setdefault(who, who)
-        self.roster.named(activity, self.accounts)
+        activity.model = model
+        self.roster.named(activity, self._same.setdefault(who, who), self.accounts)
         activity.prompt_tokens, activity.cached_tokens = prompt_tokens, cached_tokens
         activity.probe, activity.own_lane, activity.late = probe, thread is not None, late
         activity.reason = reason
@@ -202,10 +203,12 @@ class Core:
         if engine is not None:
             state = self.roster.engine(engine)
             activity.engine = engine
-            state.open[id(activity)] = activity
+            state.add(activity)
         elif late is None:
             self.roster.blocks[key] = activity
         activity.devices, activity.assumed = self._devices_for(engine, devices)
+        if engine is not None:
+            self.roster.engine(engine).on.update(activity.devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
         if outer is not None and may_hold(outer, activity):
             activity.parent = outer
@@ -268,6 +271,7 @@ class Core:
         activity = self.roster.activities.get(key)
         if activity is not None:
             activity.forgone = self.changed = True
+            reckon(activity)
             self._withdraw(activity.accruals)
         elif self._told is not None and key in self._told:
             self.changed = True
@@ -285,10 +289,7 @@ class Core:
 
     def progress_wanted(self) -> bool:
         """Whether a request could say how far it is since the sensor moved, or one's last steps may be on their way."""
-        open_now = (
-            activity.close_ns is None and not activity.anonymous for activity in self.roster.activities.values()
-        )
-        return (self._moved and any(open_now)) or any(
+        return (self._moved and bool(self.roster.active)) or any(
             unheard(self.roster.engines.values(), ended, ended.close_ns or ended.open_ns)
             for ended in self.closing.values()
         )
@@ -296,7 +297,7 @@ class Core:
     def read_probes(self) -> list[tuple[Key, int]]:
         """Ask every open request how many tokens it has; steps that it hands over meanwhile land in the inbox."""
         told: list[tuple[Key, int]] = []
-        for activity in list(self.roster.activities.values()):
+        for activity in list(self.roster.probed.values()):
             tokens = ask(activity) if activity.close_ns is None else None
             if tokens is not None:
                 told.append((activity.key, tokens))
@@ -405,7 +406,7 @@ class Core:
         return [
             engine
             for engine in self.roster.engines.values()
-            if engine.devices is None or name in engine.devices or any(name in a.on() for a in engine.open.values())
+            if engine.devices is None or name in engine.devices or name in engine.on
         ]
 
     def _seen(self, activity: Activity, evidence: str) -> None:
@@ -433,16 +434,15 @@ class Core:
     def _end(self, activity: Activity, t_ns: int, outcome: Outcome) -> None:
         self.changed = True
         activity.close_ns = max(t_ns, activity.open_ns)
-        activity.end_ns = max(activity.close_ns, activity.last_step_ns or 0)
         activity.outcome = outcome
         self._seen(activity, "none")
         self.closing[activity.key] = activity
         self.roster.ended(activity)
 
     def _retire_strays(self, now_ns: int, force: bool) -> None:
-        for activity in list(self.roster.activities.values()):
+        for activity in list(self.roster.strays.values()):
             last_ns = activity.last_step_ns
-            if activity.anonymous and activity.close_ns is None and last_ns is not None:
+            if activity.close_ns is None and last_ns is not None:
                 if not force and now_ns <= last_ns + ADOPT_NS:
                     continue
                 self._end(activity, last_ns, "stop")
@@ -473,6 +473,17 @@ class Core:
                 return False
         return True
 
+    def _disown(self, activity: Activity) -> None:
+        """What is left of its steps in intervals that could not be waited for is somebody unknown's: nothing is revised."""
+        end_ns = activity.end_ns or 0
+        late = [
+            rider
+            for rider in activity.riders
+            if any((self.accounts[clock.device].closed_until or 0) < end_ns for clock in rider.marks)
+        ]
+        if late:
+            self.roster.disown(activity, late)
+
     def _finish(self, activity: Activity, now_ns: int) -> None:
         self.changed = True
         self.closing.pop(activity.key, None)
@@ -481,6 +492,7 @@ class Core:
                 if name in self.accounts:
                     self._closer.take_late(self.accounts[name], activity, activity.late)
         self.roster.remove(activity)
+        self._disown(activity)
         shares = shares_of(
             activity, self.accounts, now_ns, self.roster.engines.get(activity.engine) if activity.engine else None
         )

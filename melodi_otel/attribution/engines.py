@@ -1,15 +1,15 @@
-"""Engines and their steps: who computed what, from when to when, as rows with weights."""
+"""Engines: what is known of each, which requests it has, and the lanes of its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Activity
-from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
-from melodi_otel.attribution.settle import Row
-from melodi_otel.attribution.weights import CostModel, EngineFacts, Theta, decode_weight, prefill_weight
+from melodi_otel.attribution.lanes import Lane
+from melodi_otel.attribution.meter import EngineId
+from melodi_otel.attribution.weights import CostModel, EngineFacts, Theta
 from melodi_otel.devices import Device
 
 Evidence = Literal["unknown", "steps", "tokens", "none"]
@@ -39,67 +39,6 @@ class Work(NamedTuple):
     context: int
 
 
-class Step:
-    """A step with its rows, priced for the whole of it; ``t0_ns == t1_ns`` is an instant."""
-
-    __slots__ = ("rows", "t0_ns", "t1_ns")
-
-    def __init__(self, t0_ns: int, t1_ns: int, rows: list[Row]) -> None:
-        self.t0_ns = t0_ns
-        self.t1_ns = t1_ns
-        self.rows = rows
-
-    def part(self, t0_ns: int, t1_ns: int) -> float:
-        """How much of it lies in [t0, t1], 0..1."""
-        length = self.t1_ns - self.t0_ns
-        if length <= 0:
-            return 1.0 if t0_ns < self.t0_ns <= t1_ns else 0.0
-        return max(0, min(self.t1_ns, t1_ns) - max(self.t0_ns, t0_ns)) / length
-
-
-class Lane:
-    """One sequence of steps that do not overlap, and its decode set (id -> context before the next step)."""
-
-    __slots__ = ("last", "members", "seq", "t1_ns")
-
-    def __init__(self) -> None:
-        self.seq: int | None = None
-        self.t1_ns = 0
-        self.members: dict[str, int] = {}
-        self.last: set[Activity] = set()
-
-    def follow(self, seq: int) -> bool:
-        """Take the number of the next step; False: deltas in between are lost, and with them the decode set."""
-        whole = self.seq is None or seq == self.seq + 1
-        if not whole:
-            self.members.clear()
-        self.seq = seq
-        return whole
-
-    def advance(
-        self,
-        decode: Decode,
-        prefill: Sequence[Prefill],
-        computed: Sequence[Prefill],
-        joined: Sequence[Joined],
-        left: Sequence[str],
-    ) -> list[Work]:
-        """Apply a step in delta form and return its full work."""
-        for gone in left:
-            self.members.pop(gone, None)
-        for member in joined:
-            self.members[member.id] = member.context
-        work = [Work(row.id, row.tokens, 0, row.context) for row in prefill]
-        for row in computed:
-            self.members.pop(row.id, None)
-            work.append(Work(row.id, 0, row.tokens, row.context))
-        if decode.n:
-            for member, context in self.members.items():
-                work.append(Work(member, 0, 1, context))
-                self.members[member] = context + 1
-        return work
-
-
 @dataclass(slots=True)
 class Speed:
     """Prompt tokens per second that an engine has shown (moving average)."""
@@ -117,7 +56,13 @@ class Speed:
 
 
 class EngineState:
-    """What is known of one engine."""
+    """What is known of one engine.
+
+    Attributes:
+        open: requests that are not settled; ``ending``: those of them that are closed, ``unstepped``: that stand in no step
+            yet.
+        on: devices that its requests and steps have named.
+    """
 
     def __init__(self, engine: EngineId) -> None:
         self.id = engine
@@ -134,12 +79,15 @@ class EngineState:
         self.evidence: Evidence = "unknown"
         self.lanes: dict[int, Lane] = {}
         self.open: dict[int, Activity] = {}
+        self.ending: dict[int, Activity] = {}
+        self.unstepped: dict[int, Activity] = {}
+        self.on: set[str] = set()
         self.speed = Speed()
         self.gaps = 0
         self.clipped = 0
 
     def priced(self, model: CostModel, devices: Iterable[Device]) -> Theta:
-        """Coefficients of its steps on ``devices``, computed once per declaration."""
+        """Coefficients of its steps on ``devices`` without a fit, computed once per declaration."""
         if self.theta is None:
             self.theta = model.theta(replace(self.facts, flops_per_byte=_balance(devices)))
         return self.theta
@@ -151,42 +99,36 @@ class EngineState:
             held += max(0, min(t1_ns, t1_ns if stop is None else stop) - max(t0_ns, start))
         return min(1.0, held / (t1_ns - t0_ns))
 
+    def add(self, activity: Activity) -> None:
+        """It computes this request."""
+        at = id(activity)
+        self.open[at] = activity
+        if activity.last_step_ns is None:
+            self.unstepped[at] = activity
+        if activity.close_ns is not None:
+            self.ending[at] = activity
+
+    def drop(self, activity: Activity) -> None:
+        """Another engine computes it."""
+        for held in (self.open, self.ending, self.unstepped):
+            held.pop(id(activity), None)
+
+    def ended(self, activity: Activity) -> None:
+        """It has been closed."""
+        if id(activity) in self.open:
+            self.ending[id(activity)] = activity
+
     def lane_of(self, activity: Activity) -> Lane | None:
         """The lane in whose newest step the activity stood."""
-        return next((lane for lane in self.lanes.values() if activity in lane.last), None)
+        return next((lane for lane in self.lanes.values() if lane.holds(activity)), None)
 
     def forget(self, activity: Activity) -> None:
         """A settled request: it stands in no newest step any more, and lanes of its own are over."""
-        self.open.pop(id(activity), None)
+        self.drop(activity)
         for number, lane in list(self.lanes.items()):
-            lane.last.discard(activity)
-            if activity.own_lane and not lane.last:
+            lane.forget(activity)
+            if activity.own_lane and not lane.last and not lane.riding:
                 del self.lanes[number]
-
-
-def price(theta: Theta, work: Sequence[Work], find: Callable[[str], Activity]) -> list[Row]:
-    """Rows of a step.
-
-    The fixed cost is split equally among the participants; a row that computes prompt tokens puts its part of it into
-    prefill, any other into decode.
-    """
-    if not work:
-        return []
-    fixed = (theta.fixed_prefill if any(row.prefill for row in work) else theta.fixed) / len(work)
-    rows: dict[int, Row] = {}
-    for part in work:
-        activity = find(part.id)
-        row = rows.get(id(activity))
-        if row is None:
-            row = rows[id(activity)] = Row(activity, 0)
-        row.participants += 1
-        if part.prefill:
-            row.prefill += fixed + prefill_weight(theta, part.prefill, part.context)
-            if part.decode:
-                row.decode += theta.decode * part.decode
-        else:
-            row.decode += fixed + decode_weight(theta, part.decode, part.context)
-    return list(rows.values())
 
 
 def _balance(devices: Iterable[Device]) -> float | None:

@@ -10,6 +10,7 @@ from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Accrual, Activity
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.meter import Key, Quality, Reason, Share, Tier
+from melodi_otel.attribution.riding import reckon
 from melodi_otel.attribution.slices import tier_of
 from melodi_otel.attribution.state import Known, SoFar, State
 from melodi_otel.attribution.summary import FULL_COVERAGE, TIERS
@@ -28,6 +29,7 @@ def shares_of(
 ) -> list[Share]:
     """One share per device of ``activity``, which has ended."""
     end = activity.close_ns or activity.open_ns
+    reckon(activity)
     seen = _seen(activity, accounts, engine)
     mine = [accounts[name] for name in activity.charged() if name in accounts]
     return [made(_facts(activity, account, end, now_ns, seen), account.known()) for account in mine]
@@ -43,6 +45,7 @@ def so_far(activity: Activity, accounts: Mapping[str, Account], engine: EngineSt
     """
     if activity.late is not None:
         return []
+    reckon(activity)
     seen = _seen(activity, accounts, engine)
     found: list[SoFar] = []
     for name in activity.charged():
@@ -78,6 +81,7 @@ def _seen(activity: Activity, accounts: Mapping[str, Account], engine: EngineSta
 
 def rollup(activity: Activity, device: str) -> float:
     """J of a request and of all that are nested in it."""
+    reckon(activity)
     own = activity.accruals.get(device)
     return (own.joules if own else 0.0) + sum(rollup(child, device) for child in activity.nested)
 
@@ -127,6 +131,8 @@ def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
         known.foreign,
         known.unbased,
         activity.reason,
+        known.spread,
+        known.unfit,
     )
 
 
@@ -145,6 +151,7 @@ def made(it: SoFar, known: Known) -> Share:
         joules=joules,
         static=it.static,
         shared=it.shared,
+        spread=it.spread,
         duration_s=(it.busy_ns or max(1, length_ns)) / 1e9,
         interval_s=it.interval_ns / it.intervals / 1e9 if it.intervals else known.interval_s,
         idle_watts=known.idle_watts,
@@ -165,7 +172,7 @@ def made(it: SoFar, known: Known) -> Share:
         decode=it.decode if split and based else None,
         uncertainty=sigma,
         method=method,
-        quality=_quality(known, method, sigma, joules, coverage, length_ns / 1e9, reason),
+        quality=_quality(known, method, sigma, joules, coverage, length_ns / 1e9, reason, it.unfit > 0.5 * abs(joules)),
         coverage=coverage,
         concurrency=max(1.0, it.company_ns / it.busy_ns) if it.busy_ns else 1.0,
         final_ns=it.final_ns,
@@ -231,10 +238,11 @@ def _quality(
     coverage: float,
     duration_s: float,
     reason: Reason | None,
+    unfit: bool,
 ) -> Quality:
     if coverage < FULL_COVERAGE or reason == "phase_elsewhere":
         return "partial"
-    if known.device.estimated:
+    if known.device.estimated or unfit:
         return "estimated"
     if (
         method not in _EXACT

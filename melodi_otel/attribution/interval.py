@@ -10,13 +10,16 @@ from melodi_otel.attribution.activity import ASSUMED_PREFILL_TOKENS_PER_S, Accru
 from melodi_otel.attribution.books import Bucket, Phase, Who
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.evidence import WHOLE
+from melodi_otel.attribution.lanes import Change, Step, WorkRow
 from melodi_otel.attribution.late import Left, Unseen
 from melodi_otel.attribution.meter import EngineId, Late, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
 from melodi_otel.attribution.roster import Roster
-from melodi_otel.attribution.settle import Cell, Given, Pool, divide, unworked_part
+from melodi_otel.attribution.riding import Mode
+from melodi_otel.attribution.settle import Cell, Given, Pack, Pool, Row, divide, unworked_part
 from melodi_otel.attribution.slices import slice_cells
-from melodi_otel.attribution.weights import CostModel, EngineFacts
+from melodi_otel.attribution.uncertainty import STRUCTURE
+from melodi_otel.attribution.weights import CostModel, EngineFacts, Theta
 from melodi_otel.timeline.timeline import Interval
 
 DENSEST: Final = 20.0
@@ -82,6 +85,11 @@ class IntervalCloser:
         elif foreign > 0.0:
             for cell in cells:
                 cell.alone = False
+        based = account.baseline.watts is not None
+        quality = "estimated" if account.device.estimated else "measured"
+        for cell in cells:
+            if cell.pack is not None:
+                cell.pack.clock.become(Mode(cell.tier, quality, based))
         shared = shared_static(self._policy, static)
         division = divide(t0, t1, shared, pools)
         idle_static = division.idle_static + (static - shared)
@@ -107,7 +115,9 @@ class IntervalCloser:
                 based=account.baseline.watts is not None,
             )
         )
-        _accrue(account, division.given, t1 - t0, account.baseline.watts is not None, foreign > 0.0)
+        _accrue(account, division.given, t1 - t0, based, foreign > 0.0)
+        for clock, of_joules in division.clocks.items():
+            clock.close(of_joules, t1 - t0, STRUCTURE[clock.mode.tier], foreign > 0.0, False)
         if cells:
             account.worked(max([cell.t1_ns for cell in cells]))
         elif not self.unseen.any_in(t0, t1):
@@ -134,43 +144,63 @@ class IntervalCloser:
 
     def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
         t0, t1 = interval.t0_ns, interval.t1_ns
-        cells: list[Cell] = []
-        for step in account.steps_in(interval):
-            part = step.part(t0, t1)
-            if part <= 0.0:
-                continue
-            # A settled share is never revised: what is left of its step when it could not be waited for is nobody's.
-            rows = [row for row in step.rows if not row.activity.settled]
-            if rows:
-                cells.append(Cell(max(t0, step.t0_ns), min(t1, step.t1_ns), "step", rows, part))
+        cells = self._step_cells(account, interval)
         groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
-        name, all_engines = account.device.id, self._roster.engines
-        for activity in self._roster.activities.values():
-            if (
-                activity.open_ns >= t1
-                or (activity.close_ns is not None and activity.close_ns <= t0)
-                or activity.anonymous
-                or activity.late is not None
-                or name not in (activity.step_devices or activity.devices)
-            ):
-                continue
-            engine_id = activity.engine
-            engine = None if engine_id is None else all_engines[engine_id]
-            if engine is None or engine.evidence != "steps":
-                segments = activity.segments(t0, t1)
-            else:
-                segments = _beside_steps(engine, activity, t0, t1)
-            if segments:
-                members = groups.get(engine_id)
-                if members is None:
-                    members = groups[engine_id] = []
-                members.append((activity, segments))
+        name = account.device.id
+        candidates: list[tuple[EngineState | None, Collection[Activity]]] = [(None, self._roster.blocks.values())]
+        for engine in engines:
+            # Who stands in steps is seen there, unless a step that is running could not be waited for.
+            seen = engine.evidence == "steps" and not any(lane.running(t1) for lane in engine.lanes.values())
+            candidates.append((engine, (engine.unstepped if seen else engine.open).values()))
+        for engine, activities in candidates:
+            for activity in activities:
+                if (
+                    activity.open_ns >= t1
+                    or (activity.close_ns is not None and activity.close_ns <= t0)
+                    or activity.anonymous
+                    or activity.late is not None
+                    or (engine is None) is not (activity.engine is None)
+                    or name not in (activity.step_devices or activity.devices)
+                ):
+                    continue
+                if engine is None or engine.evidence != "steps":
+                    segments = activity.segments(t0, t1)
+                else:
+                    segments = _beside_steps(engine, activity, t0, t1)
+                if segments:
+                    groups.setdefault(activity.engine, []).append((activity, segments))
         for engine_id, members in groups.items():
             engine = self._roster.engines[engine_id] if engine_id is not None else None
             theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else ASSUMED_PREFILL_TOKENS_PER_S
             cells += slice_cells(account.device.id, members, theta, speed, self._best)
         return cells
+
+    def _step_cells(self, account: Account, interval: Interval) -> list[Cell]:
+        t0, t1 = interval.t0_ns, interval.t1_ns
+        cells: list[Cell] = []
+        unsaid: dict[int, list[Change]] = {}
+        thetas: dict[EngineId, Theta] = {}
+        for step in account.steps_in(interval):
+            part = step.part(t0, t1)
+            at = id(step.lane)
+            if part <= 0.0 or not step.participants:
+                unsaid.setdefault(at, []).extend(step.changes)
+                continue
+            theta = thetas.get(step.engine)
+            if theta is None:
+                theta = thetas[step.engine] = self._theta(account, step.engine)
+            # A settled share is never revised: what is left of its step when it could not be waited for is nobody's.
+            rows = [row for row in step.rows if not row.activity.settled]
+            changes = [*unsaid.pop(at), *step.changes] if at in unsaid else step.changes
+            if not rows and not step.members:
+                unsaid[at] = list(changes)
+                continue
+            cells.append(_cell(account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part))
+        return cells
+
+    def _theta(self, account: Account, engine: EngineId) -> Theta:
+        return self._roster.engine(engine).priced(self._model, [account.device])
 
     def _pools(
         self, account: Account, interval: Interval, cells: list[Cell], dynamic: float
@@ -200,6 +230,41 @@ class IntervalCloser:
         if len(held) != 1:
             return None
         return held[0].service or "", held[0].model or ""
+
+
+def _cell(
+    account: Account,
+    step: Step,
+    theta: Theta,
+    rows: Sequence[WorkRow],
+    changes: Sequence[Change],
+    t0_ns: int,
+    t1_ns: int,
+    part: float,
+) -> Cell:
+    """A step, or the part of it in an interval, priced: the fixed cost is split equally among its participants."""
+    participants = step.members + sum([row.participants for row in rows])
+    fixed = (theta.fixed_prefill if step.x.fixed_prefill else theta.fixed) / participants
+    coverage = step.x.coverage
+    priced: list[Row] = []
+    for work in rows:
+        row = Row(work.activity, work.participants)
+        own = theta.prefill * work.prefill + theta.cache * work.cache + theta.attention * work.attention
+        own += fixed * work.participants + theta.coverage * work.touched
+        coverage -= work.touched
+        if work.in_prefill:
+            row.prefill, row.decode = own, theta.decode * work.decode
+        else:
+            row.decode = own + theta.decode * work.decode
+        priced.append(row)
+    each = fixed + theta.decode
+    if step.members:
+        each += theta.coverage * max(0.0, coverage) / step.members
+    clock = account.clock(step.lane)
+    pack = Pack(
+        clock, step.number, changes, step.members, step.heads, step.only, each, theta.cache, step.tick, step.contexts
+    )
+    return Cell(t0_ns, t1_ns, "step", priced, part, pack, step.engine)
 
 
 def _beside_steps(engine: EngineState, activity: Activity, t0: int, t1: int) -> list[tuple[int, int]]:
@@ -246,6 +311,7 @@ def _accrue(account: Account, all_given: Sequence[Given], length_ns: int, based:
             accrual.foreign = True
         accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + (prefill + decode + unsplit) + static
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
+        accrual.spread += STRUCTURE[tier] * given.shared
         quality = "estimated" if estimated else "interpolated" if tier in ASSUMING else "measured"
         # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
         if not based:
@@ -280,8 +346,10 @@ def _accrue(account: Account, all_given: Sequence[Given], length_ns: int, based:
 
 def _pool_of(cell: Cell, known: Collection[EngineId | None]) -> EngineId | None:
     """Whose CPU time a cell's work is in: its engine's, else its group's, else (None) the tree's or what is left."""
-    activity = cell.rows[0].activity
-    if activity.engine in known:
-        return activity.engine
-    whole = EngineId(activity.key.group, WHOLE)
+    activity = cell.rows[0].activity if cell.rows else None
+    engine = cell.engine if activity is None else activity.engine
+    if engine in known:
+        return engine
+    group = activity.key.group if activity is not None else engine.group if engine is not None else ""
+    whole = EngineId(group, WHOLE)
     return whole if whole in known else None

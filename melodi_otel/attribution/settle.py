@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from melodi_otel.attribution.activity import Activity
-from melodi_otel.attribution.meter import Tier
+from melodi_otel.attribution.meter import EngineId, Tier
+from melodi_otel.attribution.riding import Clock, Rider
 
 
 @dataclass(slots=True)
@@ -41,14 +42,46 @@ class Row:
 
 
 @dataclass(slots=True)
+class Pack:
+    """The decode set of a step: all of its members at once.
+
+    Attributes:
+        clock: where their joules are counted.
+        number, changes: of the step, which the clock is told of before it runs.
+        members: its sequences; ``heads``: different requests among them that stand in no row, ``only``: the one, where there
+            is one.
+        each: weight of every member apart from its context; ``per_context``: weight of a token of context.
+        tick: contexts are offset + tick; ``contexts``: their sum.
+    """
+
+    clock: Clock
+    number: int
+    changes: Sequence[tuple[Rider, int, int]]
+    members: int
+    heads: int
+    only: Activity | None
+    each: float
+    per_context: float
+    tick: int
+    contexts: int
+
+    @property
+    def weight(self) -> float:
+        """Of all members together."""
+        return self.members * self.each + self.per_context * self.contexts
+
+
+@dataclass(slots=True)
 class Cell:
     """Something that ran in [t0, t1] (already cut to the interval) with these rows, known at this tier.
 
     Attributes:
         t0_ns, t1_ns: from when to when.
         tier: how it is known.
-        rows: who, with weights; never changed here, because the rows of a step belong to all devices and intervals it ran in.
-        part: the part of the rows' weights that is in this cell (0..1).
+        rows: who, with weights; never changed here.
+        part: the part of the weights that is in this cell (0..1).
+        pack: the decode set beside the rows.
+        engine: whose step it is; None: that of the rows' requests.
         alone: whether at no time another request ran beside.
         static_each: idle J per participant, and ``company`` ns times requests that were there: set by :func:`divide`.
     """
@@ -58,6 +91,8 @@ class Cell:
     tier: Tier
     rows: Sequence[Row]
     part: float = 1.0
+    pack: Pack | None = None
+    engine: EngineId | None = None
     alone: bool = True
     static_each: float = 0.0
     company: float = 0.0
@@ -88,9 +123,12 @@ class Pool:
 
 @dataclass(slots=True)
 class Division:
-    """The outcome: what each activity gets, static J of instants at which nothing ran, dynamic J of pools without work."""
+    """The outcome: what each activity gets outside of decode sets, which clocks ran and the joules that they had a part of,
+    static J of instants at which nothing ran, dynamic J of pools without work.
+    """
 
     given: list[Given] = field(default_factory=list[Given])
+    clocks: dict[Clock, float] = field(default_factory=dict[Clock, float])
     idle_static: float = 0.0
     unclaimed: float = 0.0
 
@@ -112,6 +150,9 @@ def divide(t0_ns: int, t1_ns: int, static_joules: float, pools: Sequence[Pool]) 
             out.unclaimed += pool.joules
             continue
         given, weights = _share_pool(pool)
+        for cell in pool.cells:
+            if cell.pack is not None and cell.pack.members:
+                out.clocks[cell.pack.clock] = pool.joules
         if len(pools) > 1:
             given = _joined(known, given)
         out.given += given
@@ -142,9 +183,14 @@ def share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -
         start, stop = cell.t0_ns, cell.t1_ns
         if stop <= start:
             continue
-        rows = cell.rows
+        rows, pack = cell.rows, cell.pack
         heads = len(rows)
         count = rows[0].participants if heads == 1 else sum([row.participants for row in rows])
+        if pack is not None:
+            heads += pack.heads
+            count += pack.members
+            if heads > 1:
+                cell.alone = False
         for at, sign in ((start, 1), (stop, -1)):
             change = changes.get(at)
             if change is None:
@@ -199,6 +245,20 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
         if slots is None:
             slots = by_tier[tier] = {}
         length, company, each, part = cell.t1_ns - cell.t0_ns, cell.company, cell.static_each, cell.part
+        pack = cell.pack
+        if pack is not None:
+            total += pack.weight * part
+            if tier == "exclusive" and pack.only is not None:
+                # It is there by itself: what the whole set uses is its own, and its clock stands still.
+                got = slots.get(pack.only)
+                if got is None:
+                    got = slots[pack.only] = Given(pack.only, tier)
+                    out.append(got)
+                got.static += each * pack.members
+                got.decode += pack.weight * part
+                if pack.heads:  # else a row of its own counts the time
+                    got.busy_ns += length
+                    got.company_ns += company
         for row in cell.rows:
             activity = row.activity
             got = slots.get(activity)
@@ -217,9 +277,13 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
             got.unsplit += unsplit
             total += prefill + decode + unsplit
     total += _price_unknown(pool.cells, unknown, total)
-    if total <= 0.0:
+    timed = total <= 0.0
+    if timed:
         total = _price_by_time(pool.cells, by_tier, out)
     per_weight = pool.joules / total
+    for cell in pool.cells:
+        if cell.pack is not None:
+            _run_clock(cell, cell.pack, per_weight, timed)
     weights: dict[Activity, float] = {}
     for got in out:
         weight = (got.prefill + got.decode + got.unsplit) / total
@@ -231,12 +295,28 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
     return out, weights
 
 
+def _run_clock(cell: Cell, pack: Pack, per_weight: float, timed: bool) -> None:
+    clock = pack.clock
+    clock.enter(pack.number, pack.changes)
+    if not pack.members or (cell.alone and cell.tier != "process" and pack.only is not None):
+        return
+    length = cell.t1_ns - cell.t0_ns
+    if timed:
+        a, b = per_weight * max(1, length), 0.0
+    else:
+        b = per_weight * cell.part * pack.per_context
+        a = per_weight * cell.part * pack.each + b * pack.tick
+    clock.add(a, b, cell.static_each, length, cell.company)
+
+
 def _price_unknown(cells: Sequence[Cell], unknown: Sequence[tuple[Cell, Row, Given]], known_weight: float) -> float:
     # Requests of which only times are known count as much as the others do on average, per participant and time.
     if not unknown:
         return 0.0
     known_time = 0
     for cell in cells:
+        if cell.pack is not None:
+            known_time += (cell.t1_ns - cell.t0_ns) * cell.pack.members
         for row in cell.rows:
             if not row.unknown:
                 known_time += (cell.t1_ns - cell.t0_ns) * row.participants
@@ -259,6 +339,12 @@ def _price_by_time(cells: Sequence[Cell], by_tier: dict[Tier, dict[Activity, Giv
     total = 0.0
     for cell in cells:
         tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
+        pack = cell.pack
+        if pack is not None:
+            weight = float(max(1, cell.t1_ns - cell.t0_ns)) * pack.members
+            total += weight
+            if tier == "exclusive" and pack.only is not None:
+                by_tier[tier][pack.only].unsplit += weight
         for row in cell.rows:
             weight = float(max(1, cell.t1_ns - cell.t0_ns)) * row.participants
             by_tier[tier][row.activity].unsplit += weight

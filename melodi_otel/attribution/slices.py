@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.meter import Tier
 from melodi_otel.attribution.settle import Cell, Row
-from melodi_otel.attribution.weights import Theta, decode_weight
+from melodi_otel.attribution.weights import Theta
 
 PREFILL_CHUNK_TOKENS = 2048
 """Prompt tokens that a step computes at most, for counting the steps of a long prompt."""
@@ -78,7 +78,7 @@ def slice_cells(
         row = Row(activity, activity.rows)
         if prefill > 0.0 or decode > 0.0:
             fixed = all_fixed * take / taking
-            own_decode = decode_weight(theta, 1.0, context) * decode
+            own_decode = (theta.decode + theta.cache * context) * decode
             own_prefill = 0.0
             if prefill > 0.0:
                 own_prefill = theta.prefill * prefill + theta.attention * prefill * activity.computed_prompt / 2.0

@@ -65,6 +65,8 @@ class SoFar(NamedTuple):
         foreign: other processes computed meanwhile.
         unbased: idle power was not known in some interval.
         part: why this is a part of what the request used; None: it is all of it.
+        spread: 1 sigma in J of what was divided, from the errors of the weights.
+        unfit: J of intervals that the fitted costs do not describe well.
     """
 
     key: Key
@@ -95,6 +97,8 @@ class SoFar(NamedTuple):
     foreign: bool
     unbased: bool
     part: Reason | None = None
+    spread: float = 0.0
+    unfit: float = 0.0
 
 
 class Known(NamedTuple):

@@ -34,6 +34,7 @@ def share_sigma(
     joules: float,
     static: float,
     shared: Mapping[Tier, float],
+    spread: float,
     duration_s: float,
     interval_s: float,
     idle_watts: float | None,
@@ -44,6 +45,7 @@ def share_sigma(
     Args:
         joules, static: the share and its idle part.
         shared: dynamic joules divided with others, by tier.
+        spread: the same, each times the relative error of the weights that divided it.
         duration_s: time on the device.
         interval_s: mean length of the sensor intervals it lived in.
         idle_watts: the device's idle power, None where unknown.
@@ -51,12 +53,7 @@ def share_sigma(
     """
     if joules <= 0.0:
         return 0.0
-    if len(shared) == 1:  # nearly always
-        ((tier, together),) = shared.items()
-        structure = STRUCTURE[tier] * together
-    else:
-        together = math.fsum(shared.values())
-        structure = math.fsum(STRUCTURE[tier] * part for tier, part in shared.items())
+    together = math.fsum(shared.values())
     mixed = min(1.0, together / joules)
     idle = _IDLE * static * mixed
     watts = joules / duration_s if duration_s > 0.0 else 0.0
@@ -69,4 +66,4 @@ def share_sigma(
         border = math.sqrt(2.0 * (step * mixed) ** 2 + 2.0 * (jitter * mixed) ** 2 + tail**2)
     # A request cannot be wrong by more at its borders than what two border intervals hold.
     border = min(border, 2.0 * watts * interval_s, joules)
-    return math.sqrt(structure**2 + idle**2 + border**2 + (source * joules) ** 2)
+    return math.sqrt(spread**2 + idle**2 + border**2 + (source * joules) ** 2)

@@ -19,11 +19,34 @@ BYTES_PER_PARAMETER: Final = 2.0
 """Half precision, the commonest format of weights; only ratios of weights matter."""
 
 
+class Features(NamedTuple):
+    """What a step, or some of its rows, did: the quantities that :class:`Theta` prices, in the same order.
+
+    Attributes:
+        fixed: steps without prefill (or parts of one).
+        decode: decode tokens.
+        prefill: computed prompt tokens.
+        cache: tokens of context read.
+        attention: query-context products of prompts.
+        fixed_prefill: steps with prefill.
+        coverage: part of the experts of a mixture that the steps touched, summed over steps.
+    """
+
+    fixed: float = 0.0
+    decode: float = 0.0
+    prefill: float = 0.0
+    cache: float = 0.0
+    attention: float = 0.0
+    fixed_prefill: float = 0.0
+    coverage: float = 0.0
+
+
 class Theta(NamedTuple):
-    """Coefficients of a step's cost, in any one unit.
+    """Coefficients of a step's cost, in any one unit, in the order of :class:`Features`.
 
     ``fixed`` per decode-only step, ``fixed_prefill`` per step that contains prefill, ``decode`` per decode token,
-    ``prefill`` per computed prompt token, ``cache`` per token of context read, ``attention`` per query-context product.
+    ``prefill`` per computed prompt token, ``cache`` per token of context read, ``attention`` per query-context product,
+    ``coverage`` for reading all experts of a mixture once.
     """
 
     fixed: float
@@ -32,6 +55,7 @@ class Theta(NamedTuple):
     cache: float
     attention: float
     fixed_prefill: float
+    coverage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +73,19 @@ class EngineFacts:
     experts_per_token: int | None = None
     flops_per_byte: float | None = None
 
+    @property
+    def routed(self) -> tuple[float, float] | None:
+        """Of a mixture of experts: (the part of the experts that one token goes to, the part of all parameters that experts
+        are); None: it is none, or its numbers are not known.
+        """
+        if not self.experts or not self.experts_per_token or self.experts_per_token >= self.experts:
+            return None
+        part = self.experts_per_token / self.experts
+        if not self.parameters or not self.active_parameters or self.active_parameters >= self.parameters:
+            return part, 1.0
+        # active = dense + part x experts' parameters, and all = dense + experts' parameters
+        return part, min(1.0, (1.0 - self.active_parameters / self.parameters) / (1.0 - part))
+
 
 class CostModel(Protocol):
     """Where the coefficients come from."""
@@ -65,18 +102,17 @@ class Roofline:
         """Bytes-equivalents of each part of a step."""
         active = facts.active_parameters or facts.parameters or ASSUMED_PARAMETERS
         balance = facts.flops_per_byte or ASSUMED_FLOPS_PER_BYTE
-        weight_bytes = BYTES_PER_PARAMETER * active
         per_token = 2.0 * active / balance
         attention = 4.0 * facts.layers * facts.hidden / balance if facts.layers and facts.hidden else 0.0
         cache = facts.kv_bytes_per_token or ASSUMED_KV_BYTES
-        return Theta(weight_bytes, per_token, per_token, cache, attention, weight_bytes)
+        routed = facts.routed
+        # Of a mixture every step reads what is not an expert, and of the experts those that its tokens touch.
+        dense = max(0.0, active - (facts.parameters or 0.0) * routed[1] * routed[0]) if routed else active
+        experts = BYTES_PER_PARAMETER * (facts.parameters or 0.0) * routed[1] if routed else 0.0
+        weight_bytes = BYTES_PER_PARAMETER * dense
+        return Theta(weight_bytes, per_token, per_token, cache, attention, weight_bytes, experts)
 
 
-def prefill_weight(theta: Theta, tokens: float, context: float) -> float:
-    """Own cost of ``tokens`` prompt tokens on top of ``context`` cached ones (the step's fixed cost is shared apart)."""
-    return theta.prefill * tokens + theta.cache * context + theta.attention * tokens * (context + tokens / 2.0)
-
-
-def decode_weight(theta: Theta, tokens: float, context: float) -> float:
-    """Own cost of one decode row of ``tokens`` (1 + drafts) that reads ``context`` cached tokens."""
-    return theta.decode * tokens + theta.cache * context
+def touched(part: float, tokens: float) -> float:
+    """Part of the experts that ``tokens`` touch when each goes to ``part`` of them by itself: ``1 - (1 - part)^tokens``."""
+    return 1.0 - (1.0 - part) ** tokens

@@ -20,11 +20,12 @@ from typing import Any, Final
 
 import msgspec
 
-from melodi_otel.attribution.engines import Lane, Work, with_host
+from melodi_otel.attribution.engines import Work, with_host
 from melodi_otel.attribution.meter import EngineId, Key, Late
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Counter
 from melodi_otel.trace import lines as form
+from melodi_otel.trace.whole import WholeSteps as Lane
 from melodi_otel.units import seconds
 
 log = logging.getLogger("melodi_otel")

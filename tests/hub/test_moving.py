@@ -271,7 +271,7 @@ def test_the_decode_set_is_told_whole() -> None:
     host.run(1.0)
     assert [joules(future)["GPU-0"] for future in futures] == [pytest.approx(200.0)] * 2
     lane = agent.ledger._core.roster.engines[EngineId("1000:g:program", 0)].lanes[0]
-    assert lane.members == {"a": 13, "child": 13}
+    assert {name: offset + lane.tick for name, (_, offset) in lane.members.items()} == {"a": 13, "child": 13}
     assert {share.method for future in futures for share in future.result(0)} == {"step"}
 
 
