@@ -12,6 +12,7 @@ from melodi_otel.attribution.books import BUCKETS, Books, Bucket, Phase, Who
 from melodi_otel.attribution.evidence import CpuTime, Foreign
 from melodi_otel.attribution.lanes import Lane, Step
 from melodi_otel.attribution.late import Holder, Leavings
+from melodi_otel.attribution.learning import Learner
 from melodi_otel.attribution.riding import Clock
 from melodi_otel.attribution.state import Attributed, Booked, DeviceState, Known
 from melodi_otel.devices import Device
@@ -44,6 +45,7 @@ class Account:
         self.learn_from_ns: int | None = None
         self.lost: list[Interval] = []
         self.leavings = Leavings()
+        self.learner = Learner()
         self.interval_s = device.period_s or 0.1
         self.measured = 0.0
         self.settled = 0.0
@@ -125,11 +127,18 @@ class Account:
             self.interval_s,
             self.gone,
             bool(self.cpu.series),
+            self.learner.rough,
+            self._delayed(),
         )
 
     def known(self) -> Known:
         """What shares are told of it."""
-        return Known(self.device, self.baseline.watts, self.interval_s, self.gone, bool(self.cpu.series))
+        watts, process = self.baseline.watts, bool(self.cpu.series)
+        return Known(self.device, watts, self.interval_s, self.gone, process, self.learner.rough, self._delayed())
+
+    def _delayed(self) -> bool:
+        # Only costs of steps tell a delay; where there are none nobody looks for it.
+        return self.learner.fit.holds and not self.learner.lag.known
 
     def restore(self, state: DeviceState) -> None:
         """Continue the account of another process: its open requests are settled here, what was pending is nobody's."""

@@ -82,6 +82,19 @@ class Arrivals:
         number: int | None,
     ) -> None:
         """A step with its full work; ``number`` is its lane, None: the first lane that is free."""
+        done = {part.id: (part.prefill, part.decode, part.context + part.prefill + part.decode) for part in work}
+        self.whole(engine, t0_ns, t1_ns, devices, done, number)
+
+    def whole(
+        self,
+        engine: EngineId,
+        t0_ns: int,
+        t1_ns: int,
+        devices: tuple[str, ...] | None,
+        work: Mapping[str, tuple[int, int, int]],
+        number: int | None,
+    ) -> None:
+        """:meth:`work` by id: (prompt tokens, decode tokens, context after)."""
         state = self._roster.engine(engine)
         run = (
             state.lanes.get(number)
@@ -92,22 +105,21 @@ class Arrivals:
             run = state.lanes[len(state.lanes) if number is None else number] = Lane()
         t0_ns, t1_ns = self._placed(state, run, t0_ns, t1_ns)
         # Who goes on as the set expects it stays in it; nothing is done for them.
-        members, tick = run.members, run.tick
+        members, after_tick = run.members, run.tick + 1
         stay = 0
         rows: list[Work] = []
         joined: list[Joined] = []
-        for part in work:
-            name, prefill, decode, context = part
+        for name, (prefill, decode, after) in work.items():
             if decode == 1 and not prefill:
                 member = members.get(name)
-                if member is not None and member[1] + tick == context:
+                if member is not None and member[1] + after_tick == after:
                     stay += 1
                 else:
-                    joined.append(Joined(name, context))
+                    joined.append(Joined(name, max(0, after - 1)))
             else:
-                rows.append(part)
+                rows.append(Work(name, prefill, decode, max(0, after - prefill - decode)))
         if stay < len(members):
-            staying = {part.id for part in work if part.decode == 1 and not part.prefill}
+            staying = {name for name, (prefill, decode, _) in work.items() if decode == 1 and not prefill}
             for name in [name for name in members if name not in staying]:
                 run.leave(name)
         if run.ended:

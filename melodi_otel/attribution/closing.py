@@ -75,7 +75,9 @@ def running(engine: EngineState, t_ns: int, now_ns: int, engines: Collection[Eng
         if any(lane.running(t_ns) for lane in engine.lanes.values()):
             return True
         return any(
-            _waits(engine, activity, t_ns, engines) for activity in engine.unstepped.values() if activity.close_ns is None
+            _waits(engine, activity, t_ns, engines)
+            for activity in engine.unstepped.values()
+            if activity.close_ns is None
         )
     open_now = (one for one in engine.open.values() if one.close_ns is None and one.open_ns < t_ns)
     if engine.evidence == "unknown":

@@ -65,7 +65,7 @@ class Core:
         self._finished = finished
         self.slices: dict[str, str] = {}
         self.arrivals = Arrivals(self.roster, self.accounts, host_devices, self._board)
-        self._closer = IntervalCloser(self.roster, self.model, policy, best)
+        self._closer = IntervalCloser(self.roster, self.model, policy, best, learn=model is None)
         self._moved = False
         self.changed = False
 
@@ -95,14 +95,14 @@ class Core:
     def counter(self, device: str, t_ns: int, joules: float, range_j: float | None, shaped: bool = False) -> None:
         account = self._account(device)
         if account is not None:
-            account.timeline.counter(t_ns, joules, range_j)
+            account.timeline.counter(t_ns - account.learner.lag.ns, joules, range_j)
             account.begin()
             self._moved = account.collect() or self._moved
 
     def gauge(self, device: str, t_ns: int, watts: float) -> None:
         account = self._account(device)
         if account is not None:
-            account.timeline.gauge(t_ns, watts)
+            account.timeline.gauge(t_ns - account.learner.lag.ns, watts)
             account.begin()
             self._moved = account.collect() or self._moved
 

@@ -21,6 +21,7 @@ WIDE: Final = 0.25
 _PUT: Final[Mapping[str, Callable[[Share, Any], None]]] = {
     field.name: vars(Share)[field.name].__set__ for field in fields(Share)
 }
+_SHAPED: Final[frozenset[Tier]] = frozenset(("exclusive", "step"))
 _EXACT: Final[tuple[Tier, ...]] = ("exclusive", "step", "slice", "process")
 
 
@@ -156,6 +157,8 @@ def made(it: SoFar, known: Known) -> Share:
         interval_s=it.interval_ns / it.intervals / 1e9 if it.intervals else known.interval_s,
         idle_watts=known.idle_watts,
         source=known.device.relative_uncertainty,
+        delayed=known.delayed,
+        rough=known.rough if set(it.tiers) <= _SHAPED else None,
     )
     method = _method(it)
     coverage = it.coverage * it.seen

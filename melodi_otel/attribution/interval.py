@@ -12,14 +12,15 @@ from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.evidence import WHOLE
 from melodi_otel.attribution.lanes import Change, Step, WorkRow
 from melodi_otel.attribution.late import Left, Unseen
+from melodi_otel.attribution.learning import Judgement
 from melodi_otel.attribution.meter import EngineId, Late, Tier
 from melodi_otel.attribution.policy import StaticPolicy, shared_static
-from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.riding import Mode
+from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.settle import Cell, Given, Pack, Pool, Row, divide, unworked_part
 from melodi_otel.attribution.slices import slice_cells
-from melodi_otel.attribution.uncertainty import STRUCTURE
-from melodi_otel.attribution.weights import CostModel, EngineFacts, Theta
+from melodi_otel.attribution.uncertainty import FITTED, PROMPT, STRUCTURE
+from melodi_otel.attribution.weights import CostModel, EngineFacts, Features, Theta
 from melodi_otel.timeline.timeline import Interval
 
 DENSEST: Final = 20.0
@@ -37,13 +38,17 @@ class IntervalCloser:
         model: where weights come from.
         policy: who pays idle power while requests run.
         best: use no better evidence than this tier.
+        learn: fit the costs of steps; else ``model`` prices them for good.
     """
 
-    def __init__(self, roster: Roster, model: CostModel, policy: StaticPolicy, best: Tier | None) -> None:
+    def __init__(
+        self, roster: Roster, model: CostModel, policy: StaticPolicy, best: Tier | None, *, learn: bool = True
+    ) -> None:
         self._roster = roster
         self._model = model
         self._policy: StaticPolicy = policy
         self._best: Tier | None = best
+        self._learn = learn
         self.unseen = Unseen()
 
     def close(self, account: Account, interval: Interval, engines: list[EngineState]) -> None:
@@ -65,7 +70,8 @@ class IntervalCloser:
             others = joules * (1.0 - account.device.fraction)
             account.book("foreign", others, None)
             joules -= others
-        cells = self._cells(account, interval, engines)
+        work: dict[EngineId, list[float]] = {}
+        cells, known = self._cells(account, interval, engines, work)
         idle_part = unworked_part(t0, t1, cells)
         if account.baseline.watts is None:
             # What is idle and what is work cannot be told apart yet: the border of the work is cut by time alone.
@@ -75,7 +81,21 @@ class IntervalCloser:
             static = min(account.baseline.watts * (t1 - t0) / 1e9, joules)
             # A request that begins a millisecond before the end of a long interval did not cause what happened in it.
             unworked = (joules - static) * max(0.0, 1.0 - DENSEST * (1.0 - idle_part))
-        foreign, pools = self._pools(account, interval, cells, joules - static - unworked)
+        dynamic = joules - static - unworked
+        # A fit needs all that was done in the interval, and idle power to know what it took.
+        judged = Judgement()
+        fits = self._learn and known and account.baseline.watts is not None and not account.cpu.series
+        if fits:
+            judged = account.learner.judge(
+                work,
+                dynamic,
+                (t1 - t0) / 1e9,
+                1.0 - idle_part if cells else 0.0,
+                mixture=any(self._roster.engine(engine).facts.routed for engine in work),
+                experts_unknown=any(self._roster.engine(engine).facts.experts_unknown for engine in work),
+            )
+        foreign, pools = self._pools(account, interval, cells, dynamic - judged.foreign)
+        foreign += judged.foreign
         series = account.cpu.series if account.device.type != "gpu" else {}
         if series:
             for cell in cells:
@@ -86,7 +106,7 @@ class IntervalCloser:
             for cell in cells:
                 cell.alone = False
         based = account.baseline.watts is not None
-        quality = "estimated" if account.device.estimated else "measured"
+        quality = "estimated" if account.device.estimated or judged.unfit else "measured"
         for cell in cells:
             if cell.pack is not None:
                 cell.pack.clock.become(Mode(cell.tier, quality, based))
@@ -115,9 +135,12 @@ class IntervalCloser:
                 based=account.baseline.watts is not None,
             )
         )
-        _accrue(account, division.given, t1 - t0, based, foreign > 0.0)
+        _accrue(account, division.given, t1 - t0, based, foreign > 0.0, judged)
         for clock, of_joules in division.clocks.items():
-            clock.close(of_joules, t1 - t0, STRUCTURE[clock.mode.tier], foreign > 0.0, False)
+            error = _error(clock.mode.tier, judged)
+            clock.close(of_joules, t1 - t0, error, foreign > 0.0, judged.unfit)
+        if fits:
+            self._teach(account, interval, work, dynamic, 1.0 - idle_part if cells else 0.0, foreign == 0.0)
         if cells:
             account.worked(max([cell.t1_ns for cell in cells]))
         elif not self.unseen.any_in(t0, t1):
@@ -125,6 +148,28 @@ class IntervalCloser:
         account.cpu.forget_before(t0)
         if account.lost:
             account.forget_before(min((a.open_ns for a in self._roster.activities.values()), default=t0))
+
+    def _teach(
+        self,
+        account: Account,
+        interval: Interval,
+        work: dict[EngineId, list[float]],
+        dynamic: float,
+        busy: float,
+        trusted: bool,
+    ) -> None:
+        t0, t1 = interval.t0_ns, interval.t1_ns
+        ended = [step for step in account.steps if t0 < step.t1_ns <= t1 and step.participants]
+        account.learner.learn(
+            t0,
+            t1,
+            work,
+            ended,
+            dynamic,
+            busy,
+            lambda engine: self._roster.engine(engine).priced(self._model, [account.device]),
+            trusted=trusted,
+        )
 
     def take_late(self, account: Account, activity: Activity, late: Late) -> None:
         """Let work that was reported when it was over take its part of what closed intervals left to nobody."""
@@ -138,13 +183,17 @@ class IntervalCloser:
             given = Given(activity, "equal", unsplit=dynamic, static=taken.static, busy_ns=taken.length_ns)
             given.shared = dynamic * (1.0 - 1.0 / taken.company)
             given.company_ns = taken.company * taken.length_ns
-            _accrue(account, [given], left.t1_ns - left.t0_ns, left.based, taken.foreign > 0.0)
+            _accrue(account, [given], left.t1_ns - left.t0_ns, left.based, taken.foreign > 0.0, Judgement())
             covered += taken.covered_ns
         activity.late_covered_ns[account.device.id] = covered
 
-    def _cells(self, account: Account, interval: Interval, engines: list[EngineState]) -> list[Cell]:
+    def _cells(
+        self, account: Account, interval: Interval, engines: list[EngineState], work: dict[EngineId, list[float]]
+    ) -> tuple[list[Cell], bool]:
+        """What ran, and whether all of it is known by steps or token counts; ``work`` gets its features."""
         t0, t1 = interval.t0_ns, interval.t1_ns
-        cells = self._step_cells(account, interval)
+        cells = self._step_cells(account, interval, work)
+        known = True
         groups: dict[EngineId | None, list[tuple[Activity, list[tuple[int, int]]]]] = {}
         name = account.device.id
         candidates: list[tuple[EngineState | None, Collection[Activity]]] = [(None, self._roster.blocks.values())]
@@ -171,12 +220,20 @@ class IntervalCloser:
                     groups.setdefault(activity.engine, []).append((activity, segments))
         for engine_id, members in groups.items():
             engine = self._roster.engines[engine_id] if engine_id is not None else None
-            theta = engine.priced(self._model, [account.device]) if engine else self._model.theta(EngineFacts())
+            theta = self._theta(account, engine_id) if engine_id is not None else self._model.theta(EngineFacts())
             speed = engine.speed.tokens_per_s if engine else ASSUMED_PREFILL_TOKENS_PER_S
-            cells += slice_cells(account.device.id, members, theta, speed, self._best)
-        return cells
+            did = [0.0] * len(Features._fields)
+            found = slice_cells(account.device.id, members, theta, speed, self._best, did)
+            cells += found
+            if engine_id is None or any(cell.tier != "slice" for cell in found):
+                known = False
+            elif engine_id in work:
+                work[engine_id] = [a + b for a, b in zip(work[engine_id], did, strict=True)]
+            else:
+                work[engine_id] = did
+        return cells, known
 
-    def _step_cells(self, account: Account, interval: Interval) -> list[Cell]:
+    def _step_cells(self, account: Account, interval: Interval, did: dict[EngineId, list[float]]) -> list[Cell]:
         t0, t1 = interval.t0_ns, interval.t1_ns
         cells: list[Cell] = []
         unsaid: dict[int, list[Change]] = {}
@@ -196,11 +253,18 @@ class IntervalCloser:
             if not rows and not step.members:
                 unsaid[at] = list(changes)
                 continue
+            held = did.get(step.engine)
+            if held is None:
+                did[step.engine] = [part * value for value in step.x]
+            else:
+                for k, value in enumerate(step.x):
+                    held[k] += part * value
             cells.append(_cell(account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part))
         return cells
 
     def _theta(self, account: Account, engine: EngineId) -> Theta:
-        return self._roster.engine(engine).priced(self._model, [account.device])
+        roofline = self._roster.engine(engine).priced(self._model, [account.device])
+        return account.learner.theta(engine, roofline) if self._learn else roofline
 
     def _pools(
         self, account: Account, interval: Interval, cells: list[Cell], dynamic: float
@@ -285,7 +349,16 @@ def _beside_steps(engine: EngineState, activity: Activity, t0: int, t1: int) -> 
     return []
 
 
-def _accrue(account: Account, all_given: Sequence[Given], length_ns: int, based: bool, foreign: bool) -> None:
+def _error(tier: Tier, judged: Judgement) -> float:
+    """Relative 1 sigma of what weights of this tier divide."""
+    if judged.error is None or tier not in FITTED:
+        return STRUCTURE[tier]
+    return min(STRUCTURE[tier], max(judged.error, FITTED[tier]))
+
+
+def _accrue(
+    account: Account, all_given: Sequence[Given], length_ns: int, based: bool, foreign: bool, judged: Judgement
+) -> None:
     """Add what an interval gave to what each has accrued on the device, and to the device's books."""
     name, estimated = account.device.id, account.device.estimated
     # The books are told once per identity, not once per request: there are few of them.
@@ -311,8 +384,13 @@ def _accrue(account: Account, all_given: Sequence[Given], length_ns: int, based:
             accrual.foreign = True
         accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + (prefill + decode + unsplit) + static
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
-        accrual.spread += STRUCTURE[tier] * given.shared
-        quality = "estimated" if estimated else "interpolated" if tier in ASSUMING else "measured"
+        # What a prompt's token costs against a decoded one is the least certain ratio of all.
+        error = _error(tier, judged)
+        accrual.spread += (max(error, min(2.0 * error, PROMPT)) if prefill > decode else error) * given.shared
+        if judged.unfit and tier != "exclusive":
+            accrual.unfit += prefill + decode + unsplit + static
+        unfit = judged.unfit and tier != "exclusive"
+        quality = "estimated" if estimated or unfit else "interpolated" if tier in ASSUMING else "measured"
         # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
         if not based:
             prefill, decode, unsplit, static = 0.0, 0.0, prefill + decode + unsplit + static, 0.0

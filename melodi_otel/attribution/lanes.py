@@ -105,8 +105,13 @@ class Step:
                 self.only = next(iter(riding))
             lane.tick += 1
             lane.computed_ns = t1_ns
+        if not rows:
+            # As nearly all steps are.
+            self.participants = self.members
+            self.x = Features(1.0, float(self.members), 0.0, float(self.contexts), 0.0, 0.0, coverage)
+            return
         self.participants = self.members + sum([row.participants for row in rows])
-        prefill = any([row.in_prefill for row in rows])
+        prefill = any(row.in_prefill for row in rows)
         self.x = Features(
             0.0 if prefill else 1.0,
             float(self.members + sum([row.decode for row in rows])),
@@ -145,7 +150,7 @@ class Lane:
         riding: the riders of the set by activity; ``ended``: activities among them that have been closed.
         last: activities that stood in rows of the newest step.
         changes: of the set, since the newest step.
-        named: devices of the newest step; ``on``: those that have been told all changes; ``clocks``: what counts there, by device.
+        named: devices of the newest step; ``on``: those that have been told all changes; ``clocks``: what counts there.
     """
 
     __slots__ = (

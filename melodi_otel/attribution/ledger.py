@@ -290,6 +290,19 @@ class Ledger:
         named = None if devices is None else tuple(devices)
         self._inbox.append((self._core.arrivals.work, (engine, t0_ns, t1_ns, named, list(work), lane)))
 
+    def whole(
+        self,
+        engine: EngineId,
+        t0_ns: int,
+        t1_ns: int,
+        devices: Sequence[str] | None,
+        work: Mapping[str, tuple[int, int, int]],
+        lane: int | None = None,
+    ) -> None:
+        """:meth:`work` as traces have it: by id, (prompt tokens, decode tokens, context after)."""
+        named = None if devices is None else tuple(devices)
+        self._inbox.append((self._core.arrivals.whole, (engine, t0_ns, t1_ns, named, work, lane)))
+
     def close(
         self,
         key: Key,
@@ -334,14 +347,21 @@ class Ledger:
             self._drain()
             return self._core.progress_wanted()
 
-    def settle(self, now_ns: int) -> None:
-        """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot."""
+    def intervals_wait(self) -> bool:
+        """Whether an interval is measured and waits for evidence of who was at work; for whoever settles after each message."""
+        return any(account.waiting for account in self._core.accounts.values())
+
+    def settle(self, now_ns: int, *, show: bool = True) -> None:
+        """Drain the inbox, close what can be closed at ``now_ns``, finish what is covered, renew the snapshot.
+
+        ``show``: whether anybody looks at the snapshot before the next settling.
+        """
         with self._lock, self._as_settler():
             self._drain()
             if self._core.sensor_moved():
                 self._read_probes(now_ns)
             self._core.advance(now_ns)
-            if self._core.changed:
+            if show and self._core.changed:
                 self._snapshot = self._core.snapshot(now_ns)
 
     def flush(self, now_ns: int) -> None:

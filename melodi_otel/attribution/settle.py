@@ -175,6 +175,8 @@ def share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -
 
     Sets ``static_each`` and ``company`` of the cells, and ``alone`` where it is not; cells of zero length take part in nothing.
     """
+    if _one_by_one(cells):
+        return _static_in_turn(t0_ns, t1_ns, joules, cells)
     # Between two neighbouring starts or ends the number of participants is constant. One walk over these times adds up what
     # each participant gets from t0 on; a cell gets the difference between its end and its start. So that a short cell behind
     # a long stretch loses no digits in it, the sum is carried with its rounding error beside it.
@@ -229,6 +231,37 @@ def share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -
             cell.company = company1 - company0
             if crowded1 > crowded0:
                 cell.alone = False
+    return rate * (idle_ns + (t1_ns - last)) if cells else joules
+
+
+def _one_by_one(cells: Sequence[Cell]) -> bool:
+    """Whether each begins when the one before is over, as the steps of one lane do."""
+    until = 0
+    for cell in cells:
+        if cell.t0_ns < until or cell.t1_ns <= cell.t0_ns:
+            return False
+        until = cell.t1_ns
+    return True
+
+
+def _static_in_turn(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -> float:
+    """:func:`share_static` where no two cells run at once."""
+    rate = joules / (t1_ns - t0_ns)
+    idle_ns, last = 0, t0_ns
+    for cell in cells:
+        heads = len(cell.rows)
+        count = sum([row.participants for row in cell.rows]) if heads else 0
+        pack = cell.pack
+        if pack is not None:
+            heads += pack.heads
+            count += pack.members
+        idle_ns += cell.t0_ns - last
+        last = cell.t1_ns
+        length = last - cell.t0_ns
+        cell.static_each = rate * (length / count)
+        cell.company = length * heads
+        if heads > 1:
+            cell.alone = False
     return rate * (idle_ns + (t1_ns - last)) if cells else joules
 
 

@@ -34,6 +34,7 @@ def slice_cells(
     theta: Theta,
     tokens_per_s: float,
     limit: Tier | None = None,
+    did: list[float] | None = None,
 ) -> list[Cell]:
     """Cells of one engine's requests in one interval.
 
@@ -43,6 +44,7 @@ def slice_cells(
         theta: cost coefficients of the engine.
         tokens_per_s: speed of prefill to assume where the first token is not known yet.
         limit: use no better evidence than this tier.
+        did: gets the features of all that was done (:class:`melodi_otel.attribution.weights.Features`).
     """
     # (activity, segments, tier, prompt tokens, output tokens, part of the time with the prompt, context)
     bins: list[tuple[Activity, list[tuple[int, int]], Tier, float, float, float, float]] = []
@@ -71,7 +73,12 @@ def slice_cells(
                     steps = max(steps, prefill / PREFILL_CHUNK_TOKENS, 1.0)
         bins.append((activity, segments, tier, prefill, decode, part, prompt + (activity.cached_tokens or 0) + before))
     takes = [max(decode, part * steps) for *_, decode, part, _ in bins]
-    all_fixed = theta.fixed * steps
+    # Steps that hold a prompt's chunk cost otherwise than those that only decode.
+    mixed = min(1.0, max((part for *_, part, _ in bins), default=0.0))
+    all_fixed = (theta.fixed * (1.0 - mixed) + theta.fixed_prefill * mixed) * steps
+    if did is not None:
+        did[0] += steps * (1.0 - mixed)
+        did[5] += steps * mixed
     taking = sum(takes) or 1.0
     cells: list[Cell] = []
     for (activity, segments, tier, prefill, decode, part, context), take in zip(bins, takes, strict=True):
@@ -80,6 +87,11 @@ def slice_cells(
             fixed = all_fixed * take / taking
             own_decode = (theta.decode + theta.cache * context) * decode
             own_prefill = 0.0
+            if did is not None:
+                did[1] += decode
+                did[2] += prefill
+                did[3] += context * decode
+                did[4] += prefill * activity.computed_prompt / 2.0
             if prefill > 0.0:
                 own_prefill = theta.prefill * prefill + theta.attention * prefill * activity.computed_prompt / 2.0
             if tier == "window":

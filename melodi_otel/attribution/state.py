@@ -110,6 +110,8 @@ class Known(NamedTuple):
         interval_s: usual seconds between two readings.
         gone: it is lost.
         process: the CPU time of processes says whose its joules are.
+        rough: relative 1 sigma of an interval about what fitted costs predict for it; None: there are none.
+        delayed: whether its meter may be late by an amount that is not known.
     """
 
     device: Device
@@ -117,6 +119,8 @@ class Known(NamedTuple):
     interval_s: float
     gone: bool
     process: bool
+    rough: float | None = None
+    delayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ class DeviceState:
         idle_watts: idle power in W, given or learnt; None: not known.
         closed_ns: up to when the books are closed; None: nothing was read.
         reading: the last reading of its counter; None: it has none, or none was read.
-        interval_s, gone, process: see :class:`Known`.
+        interval_s, gone, process, rough, delayed: see :class:`Known`.
     """
 
     device: Device
@@ -151,11 +155,13 @@ class DeviceState:
     interval_s: float = 0.1
     gone: bool = False
     process: bool = False
+    rough: float | None = None
+    delayed: bool = False
 
     @property
     def known(self) -> Known:
         """What shares are told of it."""
-        return Known(self.device, self.idle_watts, self.interval_s, self.gone, self.process)
+        return Known(self.device, self.idle_watts, self.interval_s, self.gone, self.process, self.rough, self.delayed)
 
 
 @dataclass(frozen=True, slots=True)

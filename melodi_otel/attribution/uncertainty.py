@@ -24,9 +24,19 @@ STRUCTURE: Final[Mapping[Tier, float]] = {
     "process": 0.10,
 }
 """Relative 1 sigma of shared energy by tier, with weights that are not fitted."""
+FITTED: Final[Mapping[Tier, float]] = {"exclusive": 0.0, "step": 0.0, "slice": 0.035}
+"""Tiers whose weights are fitted, and the least relative 1 sigma of what they divide: token counts at each reading leave open
+when in between the work was done.
+"""
+PROMPT: Final = 0.03
+"""Relative 1 sigma of what prompts get beside others: twice that of a decoded token's, at most so much for it."""
 _IDLE: Final = 0.03
 _TAIL: Final = 0.25
+_TAIL_S: Final = 0.25
+"""Most of what follows the work has been drawn within this time."""
 _JITTER_S: Final = 0.004
+DELAY_S: Final = 0.03
+"""Delay of a meter that nothing is known of, 1 sigma: counters of boards show 15 to 50 ms, a filter of the board included."""
 
 
 def share_sigma(
@@ -39,6 +49,8 @@ def share_sigma(
     interval_s: float,
     idle_watts: float | None,
     source: float,
+    rough: float | None = None,
+    delayed: bool = False,
 ) -> float:
     """1 sigma of a share in J.
 
@@ -50,20 +62,27 @@ def share_sigma(
         interval_s: mean length of the sensor intervals it lived in.
         idle_watts: the device's idle power, None where unknown.
         source: relative 1 sigma of the source itself (estimates).
+        rough: relative 1 sigma of an interval about the joules that are predicted for it, where they are: the border lies where
+            the prediction puts it; None: power is taken as constant up to one step in the interval.
+        delayed: the meter may be late by an amount that has not been found yet.
     """
     if joules <= 0.0:
         return 0.0
     together = math.fsum(shared.values())
-    mixed = min(1.0, together / joules)
+    dynamic = joules - static
+    mixed = min(1.0, together / dynamic) if dynamic > 0.0 else 1.0
     idle = _IDLE * static * mixed
     watts = joules / duration_s if duration_s > 0.0 else 0.0
-    step = watts * interval_s / math.sqrt(90.0)
+    step = watts * interval_s * (1.0 / math.sqrt(90.0) if rough is None else min(1.0 / math.sqrt(90.0), rough))
     jitter = watts * _JITTER_S
     if idle_watts is None:
         border = math.sqrt(2.0 * step**2 + 2.0 * jitter**2)
     else:
-        tail = _TAIL * idle_watts * interval_s * (1.0 - mixed)
+        tail = _TAIL * idle_watts * min(interval_s, _TAIL_S) * (1.0 - mixed)
         border = math.sqrt(2.0 * (step * mixed) ** 2 + 2.0 * (jitter * mixed) ** 2 + tail**2)
     # A request cannot be wrong by more at its borders than what two border intervals hold.
     border = min(border, 2.0 * watts * interval_s, joules)
+    if delayed:
+        # Among many who come and go, what one loses at its end it has won at its beginning.
+        border = math.hypot(border, watts * DELAY_S * max(1.0 - mixed, 0.3))
     return math.sqrt(spread**2 + idle**2 + border**2 + (source * joules) ** 2)

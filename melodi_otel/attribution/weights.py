@@ -86,6 +86,12 @@ class EngineFacts:
         # active = dense + part x experts' parameters, and all = dense + experts' parameters
         return part, min(1.0, (1.0 - self.active_parameters / self.parameters) / (1.0 - part))
 
+    @property
+    def experts_unknown(self) -> bool:
+        """Whether it is a mixture of experts of which it is not known how many there are and how many a token takes."""
+        few = self.parameters and self.active_parameters and self.active_parameters < 0.9 * self.parameters
+        return bool(few) and self.routed is None
+
 
 class CostModel(Protocol):
     """Where the coefficients come from."""

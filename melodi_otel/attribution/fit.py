@@ -1,0 +1,301 @@
+"""Costs of steps, fitted while they run: what a step of this engine takes on this device, from the meter's own readings.
+
+Non-negative least squares over sensor intervals: ``dynamic joules = Σ theta x features``. Only sums of products are kept, with
+exponential forgetting, so the fit follows drift and its size does not grow. Durations of steps give a prior that needs no meter
+(a step that takes twice as long costs about twice as much), and until there are enough steps the roofline is the prior. Several
+engines on one device are fitted together, each with coefficients of its own.
+
+Source of form, weights and half-life: recursive ridge regression towards a prior with about 30 pseudo-observations; rows weighted
+for relative errors. A fit decides shares only; the joules stay the measured ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from melodi_otel.attribution.meter import EngineId
+from melodi_otel.attribution.weights import Features, Theta
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+WIDTH: Final = len(Features._fields)
+HALF_LIFE_S: Final = 300.0
+PSEUDO_ROWS: Final = 30.0
+ENOUGH_ROWS: Final = 8
+"""Rows after which the fit is used; before, its prior."""
+ENOUGH_STEPS: Final = 30
+"""Steps after which durations are a better prior than the roofline."""
+ROW_S: Final = 0.2
+"""Intervals are merged to rows of this length at least: borders of steps weigh less in them."""
+_ENGINES: Final = 8
+"""Engines on one device that are fitted together."""
+_RIDGE: Final = 1e-9
+_BUSY: Final = 0.2
+_RECENT: Final = 101
+
+
+def nnls(gram: Array, moment: Array) -> Array:
+    """The non-negative x that minimises ``x'Gx/2 - h'x`` (active set method of Lawson and Hanson, 1974, on normal equations).
+
+    Args:
+        gram: G, symmetric and positive definite, n x n.
+        moment: h, n.
+    """
+    import numpy as np
+
+    n = len(moment)
+    x = np.zeros(n)
+    free = np.zeros(n, dtype=bool)
+    tolerance = 1e-10 * max(1e-300, float(np.abs(moment).max(initial=0.0)))
+    for _ in range(3 * n):
+        slope = moment - gram @ x
+        slope[free] = -np.inf
+        at = int(slope.argmax())
+        if slope[at] <= tolerance:
+            break
+        free[at] = True
+        while True:
+            index = np.flatnonzero(free)
+            trial = np.linalg.solve(gram[np.ix_(index, index)], moment[index])
+            if (trial > 0.0).all():
+                x[:] = 0.0
+                x[index] = trial
+                break
+            low = trial <= 0.0
+            steps = x[index][low] / (x[index][low] - trial[low])
+            x[index] += float(steps.min()) * (trial - x[index])
+            x[index[low][steps <= steps.min()]] = 0.0
+            free &= x > 0.0
+            if not free.any():
+                break
+    return x
+
+
+class Durations:
+    """How long steps of one engine take: a model of time, whose coefficients are a prior for those of energy."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._new: list[Sequence[float]] = []
+        self._seconds: list[float] = []
+        self._gram: Array | None = None
+        self._moment: Array | None = None
+
+    def add(self, x: Features, seconds: float) -> None:
+        """A step with these features took so long."""
+        if seconds > 0.0:
+            self.steps += 1
+            if len(self._new) < 512:
+                self._new.append(x)
+                self._seconds.append(seconds)
+
+    def theta(self) -> Array | None:
+        """Seconds per unit of each feature; None while too few steps were seen."""
+        if self.steps < ENOUGH_STEPS:
+            return None
+        import numpy as np
+
+        if self._new:
+            # Relative errors: each row is divided by its duration.
+            rows = np.array(self._new) / np.array(self._seconds)[:, None]
+            self._new.clear()
+            self._seconds.clear()
+            keep = 0.5 ** (len(rows) / 20_000)
+            gram, moment = rows.T @ rows, rows.sum(axis=0)
+            self._gram = gram if self._gram is None else keep * self._gram + gram
+            self._moment = moment if self._moment is None else keep * self._moment + moment
+        assert self._gram is not None
+        assert self._moment is not None
+        scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
+        return nnls(self._gram / np.outer(scale, scale) + _RIDGE * np.eye(WIDTH), self._moment / scale) / scale
+
+
+class Fit:
+    """Costs on one device.
+
+    Attributes:
+        rows: rows that have been added.
+        misfit: relative spread of measured about predicted joules, 1 sigma (robust), of coefficients from the past only;
+            None: not known yet.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.misfit: float | None = None
+        self._blocks: dict[EngineId, int] = {}
+        self._durations: dict[EngineId, Durations] = {}
+        self._gram: Array | None = None
+        self._moment: Array | None = None
+        self._row: dict[EngineId, list[float]] = {}
+        self._row_s = self._row_busy_s = self._row_joules = 0.0
+        self._sizes: deque[float] = deque(maxlen=_RECENT)
+        self._errors: deque[float] = deque(maxlen=_RECENT)
+        self._thetas: dict[EngineId, Theta] = {}
+        self._since_s = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether it predicts joules."""
+        return self.rows >= ENOUGH_ROWS and bool(self._thetas)
+
+    def theta(self, engine: EngineId) -> Theta | None:
+        """What a step of ``engine`` costs; None: use weights without a fit."""
+        return self._thetas.get(engine)
+
+    def known(self) -> Iterable[EngineId]:
+        """Engines that have been seen at work."""
+        return self._blocks.keys() | self._durations.keys()
+
+    def thetas(self) -> dict[EngineId, Theta]:
+        """All coefficients, for whoever keeps them."""
+        return dict(self._thetas) if self.holds else {}
+
+    def step(self, engine: EngineId, x: Features, seconds: float) -> None:
+        """A step took so long."""
+        durations = self._durations.get(engine)
+        if durations is None:
+            durations = self._durations[engine] = Durations()
+        durations.add(x, seconds)
+
+    def predicted(self, work: Mapping[EngineId, Sequence[float]]) -> float | None:
+        """Dynamic J of this work; None where coefficients are not known."""
+        if not self.holds:
+            return None
+        joules = 0.0
+        for engine, x in work.items():
+            theta = self._thetas.get(engine)
+            if theta is None:
+                return None
+            joules += price(theta, x)
+        return joules
+
+    def add(
+        self,
+        work: Mapping[EngineId, Sequence[float]],
+        joules: float,
+        seconds: float,
+        busy: float,
+        *,
+        trusted: bool = True,
+    ) -> None:
+        """An interval: this work, ``joules`` above idle, and the part of it in which somebody worked.
+
+        Not ``trusted``: something unknown took part; the row that it is in teaches nothing.
+        """
+        if not trusted:
+            self._begin_row()
+            return
+        expected = self.predicted(work)
+        if expected is not None and busy > 0.5 and max(joules, expected) > 0.0:
+            self._errors.append(abs(joules - expected) / max(joules, expected))
+            if len(self._errors) >= 20:
+                self.misfit = 1.4826 * sorted(self._errors)[len(self._errors) // 2]
+        self._row_s += seconds
+        self._row_busy_s += seconds * busy
+        self._row_joules += joules
+        for engine, x in work.items():
+            held = self._row.get(engine)
+            self._row[engine] = list(x) if held is None else [a + b for a, b in zip(held, x, strict=True)]
+        self._since_s += seconds
+        if self._row_s >= ROW_S - 1e-6:
+            if self._row_busy_s > _BUSY * self._row_s:
+                self._take()
+            self._begin_row()
+
+    def due(self) -> bool:
+        """Whether new rows are worth solving for: often in the beginning, then every 2 s."""
+        return self._since_s >= (2.0 if self.rows > 50 else 0.4)
+
+    def solve(self, roofline: Callable[[EngineId], Theta]) -> None:
+        """Renew the coefficients; ``roofline``: weights without a fit, in any unit."""
+        import numpy as np
+
+        self._since_s = 0.0
+        priors: dict[EngineId, Array] = {}
+        for engine in self.known():
+            known = self._durations[engine].theta() if engine in self._durations else None
+            priors[engine] = np.array(roofline(engine)) if known is None else known
+        if self._gram is None or self._moment is None:
+            self._thetas = (
+                {engine: Theta(*map(float, prior)) for engine, prior in priors.items()} if len(priors) == 1 else {}
+            )
+            return
+        size = len(self._moment)
+        prior = np.zeros((size, len(self._blocks)))
+        for at, (engine, start) in enumerate(self._blocks.items()):
+            prior[start : start + WIDTH, at] = priors[engine]
+        # How many joules a unit of each engine's prior is.
+        units = nnls(_safe(prior.T @ self._gram @ prior), prior.T @ self._moment)
+        guess = prior @ units
+        scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
+        seen = self._gram.diagonal() > 0.0
+        pull = PSEUDO_ROWS / max(1, self.rows)
+        gram = self._gram / np.outer(scale, scale) + (pull + _RIDGE) * np.eye(size)
+        found = nnls(gram, self._moment / scale + pull * guess * scale) / scale
+        found = np.where(seen, found, guess)
+        if not np.isfinite(found).all():
+            self.start_over()  # figures that no engine has
+            return
+        self._thetas = {
+            engine: Theta(*map(float, found[start : start + WIDTH])) for engine, start in self._blocks.items()
+        }
+
+    def start_over(self) -> None:
+        """What it has learnt does not hold any more."""
+        self.rows = 0
+        self.misfit = None
+        self._gram = self._moment = None
+        self._blocks.clear()
+        self._thetas.clear()
+        self._errors.clear()
+        self._sizes.clear()
+        self._begin_row()
+
+    def _take(self) -> None:
+        import numpy as np
+
+        if len(self._blocks.keys() | self._row.keys()) > _ENGINES:
+            self.start_over()  # most of them are gone by now
+            return
+        for engine in self._row:
+            if engine not in self._blocks:
+                self._blocks[engine] = WIDTH * len(self._blocks)
+        size = WIDTH * len(self._blocks)
+        gram, moment = np.zeros((size, size)), np.zeros(size)
+        if self._gram is not None and self._moment is not None:
+            before = len(self._moment)
+            gram[:before, :before], moment[:before] = self._gram, self._moment
+        x = np.zeros(size)
+        for engine, values in self._row.items():
+            start = self._blocks[engine]
+            x[start : start + WIDTH] = values
+        self._sizes.append(abs(self._row_joules))
+        floor = 0.15 * sorted(self._sizes)[len(self._sizes) // 2]
+        weight = 1.0 / max(abs(self._row_joules), floor, 1e-9)
+        keep = 0.5 ** (self._row_s / HALF_LIFE_S)
+        x *= weight
+        self._gram = keep * gram + np.outer(x, x)
+        self._moment = keep * moment + x * (weight * self._row_joules)
+        self.rows += 1
+
+    def _begin_row(self) -> None:
+        self._row = {}
+        self._row_s = self._row_busy_s = self._row_joules = 0.0
+
+
+def price(theta: Theta, x: Sequence[float]) -> float:
+    """What features cost."""
+    a, b, c, d, e, f, g = theta
+    return a * x[0] + b * x[1] + c * x[2] + d * x[3] + e * x[4] + f * x[5] + g * x[6]
+
+
+def _safe(gram: Array) -> Array:
+    import numpy as np
+
+    return gram + np.diag(_RIDGE * np.maximum(gram.diagonal(), 1e-300))

@@ -1,0 +1,197 @@
+"""What a device's intervals teach: costs of steps, the meter's delay, and when somebody unknown takes part."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from melodi_otel.attribution.fit import Fit
+from melodi_otel.attribution.lag import Lag
+from melodi_otel.attribution.lanes import Step
+from melodi_otel.attribution.meter import EngineId
+from melodi_otel.attribution.weights import Theta
+
+UNFIT: Final = 0.025
+"""Lasting misfit above which the costs do not describe what runs (unknown experts, contention): figures are called estimated."""
+LEAST: Final = 0.006
+"""Relative 1 sigma of what fitted weights divide, at least."""
+_WIDER: Final = 1.4
+"""What a request's share is off, in lasting misfits: the sum of all shares is right by construction, their ratios are not."""
+_UNKNOWN_EXPERTS: Final = 0.07
+"""The same for a mixture of experts of which it is not known how many there are."""
+_MIXTURE: Final = 0.02
+"""The same for a mixture whose experts are known: tokens do not choose them independently of each other."""
+_SEVERAL: Final = 0.015
+"""The same where several engines run: what one takes is what the others leave."""
+_UNSURE: Final = 0.10
+"""The same while few rows have been seen; it falls with their number."""
+_LIMIT: Final = 0.08
+"""Measured joules this part, or four misfits, above nearly all that such work has taken are somebody else's."""
+_USUAL: Final = 50
+"""Intervals that say how much such work takes."""
+_CONVERGED: Final = 60
+"""Rows after which a fit may say so."""
+_TRUSTED_MISFIT: Final = 0.10
+_ACCEPT_S: Final = 180.0
+"""Who takes part for so long is no episode any more: the costs are learnt anew with it."""
+
+
+@dataclass(slots=True)
+class Judgement:
+    """Of one interval: J of somebody unknown, the relative error of its weights (None: they are not fitted), and whether the
+    costs describe badly what runs.
+    """
+
+    foreign: float = 0.0
+    error: float | None = None
+    unfit: bool = False
+
+
+class Learner:
+    """State of one device."""
+
+    def __init__(self) -> None:
+        self.fit = Fit()
+        self.lag = Lag()
+        self._ratios: deque[float] = deque(maxlen=301)
+        self._usual = self._most = 1.0
+        self._strange = 0
+        self._since_usual = 0
+        self._strange_s = 0.0
+        self._unfit = False
+        self._lasting = Lasting()
+
+    def theta(self, engine: EngineId, roofline: Theta) -> Theta:
+        """Weights of a step of ``engine``."""
+        return self.fit.theta(engine) or roofline
+
+    @property
+    def rough(self) -> float | None:
+        """Relative 1 sigma of one interval about what is predicted for it; None: not known."""
+        return self.fit.misfit if self.fit.holds else None
+
+    def judge(
+        self,
+        work: Mapping[EngineId, Sequence[float]],
+        dynamic: float,
+        seconds: float,
+        busy: float,
+        *,
+        mixture: bool = False,
+        experts_unknown: bool = False,
+    ) -> Judgement:
+        """What the costs so far make of an interval with ``dynamic`` joules above idle."""
+        fit = self.fit
+        expected = fit.predicted(work) if work else None
+        if expected is None or expected <= 0.0:
+            return Judgement()
+        misfit = fit.misfit
+        lasting = self._lasting.value
+        error = max(LEAST, _WIDER * lasting if lasting is not None else _UNSURE / 4.0)
+        error = max(error, _MIXTURE * mixture, _SEVERAL * (len(work) > 1), _UNKNOWN_EXPERTS * experts_unknown)
+        found = Judgement(error=error + _UNSURE / (1.0 + fit.rows / 8.0))
+        found.unfit = experts_unknown
+        if misfit is not None and fit.rows >= _CONVERGED:
+            if lasting is not None:
+                # A single border would flicker.
+                self._unfit = lasting > (0.8 * UNFIT if self._unfit else UNFIT)
+            found.unfit |= self._unfit
+            if busy > 0.5 and misfit <= _TRUSTED_MISFIT:
+                found.foreign = self._excess(dynamic, expected, seconds, misfit)
+        self._lasting.add(dynamic / expected - 1.0 if busy > 0.5 and not self._strange else None)
+        return found
+
+    def _excess(self, dynamic: float, expected: float, seconds: float, misfit: float) -> float:
+        """J that are more than this work has ever taken, where that lasts; 0.0: it is as usual."""
+        ratio = dynamic / expected
+        if len(self._ratios) >= _USUAL and ratio > self._most * (1.0 + max(_LIMIT, 4.0 * misfit)):
+            self._strange_s += seconds
+            self._strange += 1
+            if self._strange_s < _ACCEPT_S:
+                # One interval alone is a border that was placed badly.
+                return dynamic - self._usual * expected if self._strange > 1 else 0.0
+            self.fit.start_over()
+            self._ratios.clear()
+        self._strange = 0
+        self._strange_s = max(0.0, self._strange_s - seconds)
+        self._ratios.append(ratio)
+        self._since_usual += 1
+        if self._since_usual >= 10:
+            self._since_usual = 0
+            ratios = sorted(self._ratios)
+            self._usual, self._most = ratios[len(ratios) // 2], ratios[int(0.95 * len(ratios))]
+        return 0.0
+
+    def learn(
+        self,
+        t0_ns: int,
+        t1_ns: int,
+        work: Mapping[EngineId, Sequence[float]],
+        steps: Iterable[Step],
+        dynamic: float,
+        busy: float,
+        roofline: Callable[[EngineId], Theta],
+        *,
+        trusted: bool,
+    ) -> None:
+        """An interval has closed: ``steps`` ended in it, ``work`` is what was done in it, of all of which something is known
+        (``trusted``); ``roofline`` gives weights without a fit.
+        """
+        fit = self.fit
+        for step in steps:
+            fit.step(step.engine, step.x, (step.t1_ns - step.t0_ns) / 1e9)
+            self.lag.step(step.t0_ns, step.t1_ns, step.engine, step.x)
+        if work:
+            fit.add(work, dynamic, (t1_ns - t0_ns) / 1e9, busy, trusted=trusted)
+            if fit.due() and trusted:
+                fit.solve(roofline)
+        if self.lag.interval(t0_ns, t1_ns, dynamic):
+            self.lag.look(lambda engine: self.theta(engine, roofline(engine)))
+
+
+class Lasting:
+    """The part of the misfit that lasts from one interval to the next ones.
+
+    Borders that are placed badly and the noise of single steps are gone in the next interval; what a linear cost cannot
+    describe stays as long as the batch does. So it is what residuals a few intervals apart have in common (their
+    autocovariance), after what changes over many seconds (the drift of a gain, which all shares have alike) is taken off.
+
+    Attributes:
+        value: relative 1 sigma, with the part that the number of intervals cannot rule out; None: not known yet.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._residuals: deque[float] = deque(maxlen=1500)
+        self._new = 0
+
+    def add(self, residual: float | None) -> None:
+        """Measured over predicted joules of an interval, minus 1; None: it was hardly used."""
+        self._residuals.append(math.nan if residual is None else max(-0.3, min(0.3, residual)))
+        self._new += 1
+        if self._new >= 40:
+            self._new = 0
+            self._look()
+
+    def _look(self) -> None:
+        import numpy as np
+
+        values = np.array(self._residuals)
+        known = ~np.isnan(values)
+        filled = np.where(known, values, 0.0)
+        window = np.ones(min(100, len(values)))
+        near = np.convolve(known, window, "same")
+        rest = np.where(known, filled - np.convolve(filled, window, "same") / np.maximum(near, 1.0), 0.0)
+        together, pairs = 0.0, 0
+        for apart in (2, 3, 4, 5):
+            both = known[apart:] & known[:-apart]
+            together += float(rest[apart:][both] @ rest[:-apart][both])
+            pairs += int(both.sum())
+        number = int(known.sum())
+        if number < 30 or pairs < 100:
+            return
+        noise = float(rest @ rest) / number / math.sqrt(pairs)
+        self.value = math.sqrt(max(0.0, together / pairs) + noise)
