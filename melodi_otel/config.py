@@ -62,6 +62,8 @@ class Config:
     answer_energy: bool = False
     console: bool = False
     record: str | None = None
+    record_rotate: int | None = None
+    record_keep: int = 0
     carbon_intensity: float | None = None
     pue: float | None = None
     energy_price: float | None = None
@@ -137,6 +139,14 @@ def _whole(low: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _size(raw: str) -> int:
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(raw[-1].upper(), 1)
+    value = int(raw if unit == 1 else raw[:-1]) * unit
+    if value < 1 << 10:
+        raise ValueError("out of range")
+    return value
 
 
 def _words(raw: str) -> tuple[str, ...]:
@@ -314,6 +324,15 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_CONSOLE": Variable("console", _flag, _FLAG, "1 prints a summary when the program ends."),
     "MELODI_RECORD": Variable(
         "record", str, "a file name", "Write the trace of this process there; `auto` then means `local` for MELODI_HUB."
+    ),
+    "MELODI_RECORD_ROTATE": Variable(
+        "record_rotate",
+        _size,
+        "bytes from 1K, with K, M or G for 1,024, its square or its cube of them",
+        "The size at which the trace goes on in the next file, NAME.1.jsonl, NAME.2.jsonl, …; default: never.",
+    ),
+    "MELODI_RECORD_KEEP": Variable(
+        "record_keep", _whole(0), "a whole number from 0", "How many files of the trace are left, the newest; 0: all."
     ),
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),
     "MELODI_PUE": Variable("pue", _number(1), "a number from 1", "Power usage effectiveness, published as a gauge."),

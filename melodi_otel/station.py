@@ -22,7 +22,7 @@ from melodi_otel.attribution.meter import Reason
 from melodi_otel.clock import Clock
 from melodi_otel.config import Config
 from melodi_otel.devices import Device
-from melodi_otel.errors import ConfigError
+from melodi_otel.errors import ConfigError, MissingDependency
 from melodi_otel.group_clocks import GroupClocks
 from melodi_otel.host_pids import HostPids, family
 from melodi_otel.neighbours import Neighbours
@@ -391,7 +391,7 @@ class Station:
 
     def _open_recorder(self) -> None:
         if self.config.record:
-            self._recorder = _recorder(self.config.record, self._host)
+            self._recorder = _recorder(self.config.record, self._host, self.config)
             self.ledger.tap(self._recorder.tap)
 
     def _settle(self) -> None:
@@ -455,9 +455,11 @@ def _settings(config: Config, clock: Clock, environ: Mapping[str, str]) -> Setti
     )
 
 
-def _recorder(path: str, host_devices: Sequence[str]) -> Recorder:
+def _recorder(path: str, host_devices: Sequence[str], config: Config) -> Recorder:
     try:
-        return Recorder(path, host_devices)
+        return Recorder(path, host_devices, rotate=config.record_rotate, keep=config.record_keep)
+    except MissingDependency as error:
+        raise ConfigError(f"MELODI_RECORD={path!r} cannot be used: {error}") from None
     except OSError as error:
         raise ConfigError(
             f"MELODI_RECORD={path!r} cannot be used ({error.strerror}): allowed is a file that can be written"

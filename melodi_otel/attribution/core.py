@@ -27,7 +27,6 @@ from melodi_otel.timeline.timeline import Between, Interval
 
 log = logging.getLogger("melodi_otel")
 
-
 Facts = tuple[float | None, float | None, float | None, int | None, int | None, int | None, int | None]
 
 
@@ -473,17 +472,6 @@ class Core:
                 return False
         return True
 
-    def _disown(self, activity: Activity) -> None:
-        """What is left of its steps in intervals that could not be waited for is somebody unknown's: nothing is revised."""
-        end_ns = activity.end_ns or 0
-        late = [
-            rider
-            for rider in activity.riders
-            if any((self.accounts[clock.device].closed_until or 0) < end_ns for clock in rider.marks)
-        ]
-        if late:
-            self.roster.disown(activity, late)
-
     def _finish(self, activity: Activity, now_ns: int) -> None:
         self.changed = True
         self.closing.pop(activity.key, None)
@@ -492,7 +480,7 @@ class Core:
                 if name in self.accounts:
                     self._closer.take_late(self.accounts[name], activity, activity.late)
         self.roster.remove(activity)
-        self._disown(activity)
+        self.roster.disown(activity, self.accounts)
         shares = shares_of(
             activity, self.accounts, now_ns, self.roster.engines.get(activity.engine) if activity.engine else None
         )

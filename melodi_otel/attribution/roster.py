@@ -17,7 +17,7 @@ from melodi_otel.attribution.books import Who
 from melodi_otel.attribution.engines import EngineState
 from melodi_otel.attribution.lanes import pass_on
 from melodi_otel.attribution.meter import EngineId, Key
-from melodi_otel.attribution.riding import Rider, reckon
+from melodi_otel.attribution.riding import reckon
 
 ADOPT_NS: Final = 5_000_000_000
 """An open or bind within this time adopts the steps of an id that was not known yet."""
@@ -115,8 +115,16 @@ class Roster:
         for device, accrual in activity.accruals.items():
             accounts[device].rename(accrual, activity.who)
 
-    def disown(self, activity: Activity, riders: Iterable[Rider]) -> None:
-        """Somebody unknown pays for what these places of a settled request still use."""
+    def disown(self, activity: Activity, accounts: Mapping[str, Account]) -> None:
+        """What is left of a settled request's steps in intervals that could not be waited for is somebody unknown's."""
+        end_ns = activity.end_ns or 0
+        riders = [
+            rider
+            for rider in activity.riders
+            if any((accounts[clock.device].closed_until or 0) < end_ns for clock in rider.marks)
+        ]
+        if not riders:
+            return
         reckon(activity)
         stray = self._stray(Key(activity.key.group, LATE), activity.end_ns or activity.open_ns)
         for rider in riders:

@@ -1,4 +1,4 @@
-"""``melodi-otel replay TRACE``: the shares and books of a recorded trace, by the code that runs live."""
+"""``melodi-otel replay TRACE…``: the shares and books of a recorded trace, by the code that runs live."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +16,7 @@ from typing import IO, Any
 import typer
 
 from melodi_otel.attribution.books import BUCKETS
-from melodi_otel.errors import TraceError
+from melodi_otel.errors import MissingDependency, TraceError
 
 EXAMPLE = "Example: melodi-otel replay trace.jsonl --out shares.jsonl --policy dynamic"
 
@@ -39,31 +39,37 @@ class Method(StrEnum):
 
 
 def replay(
-    trace: str = typer.Argument(..., metavar="TRACE.jsonl", help="The trace; - is standard input."),
+    trace: list[str] = typer.Argument(
+        ...,
+        metavar="TRACE.jsonl…",
+        help="Its files in any order, or their directory, packed or not; - is standard input.",
+    ),
     out: str = typer.Option("-", "--out", "-o", metavar="SHARES.jsonl", help="Where shares go; - is standard output."),
     policy: Policy = typer.Option(Policy.busy_shared, help="Who pays idle power while requests run."),
     method: Method | None = typer.Option(
         None, help="Pretend that only this evidence exists; default: the best there is."
     ),
 ) -> None:
-    """Attribute a recorded trace: one `share` line per request and device, one `books` line per device.
+    """Attribute a recorded trace, in one file or several: one `share` line per request and device, one `books` line per device.
 
     A table of the books goes to standard error. Exit codes: 0 done (warnings are counted), 1 the trace cannot be used,
     2 wrong usage. An output file appears only when it is complete.
     """
     from melodi_otel.results.terminal import console
+    from melodi_otel.trace.read import in_order, lines_of
     from melodi_otel.trace.replay import Report
     from melodi_otel.trace.replay import replay as attribute
 
     screen, report = console(stderr=True), Report()
     try:
-        with _input(trace) as (lines, size), _output(out) as write:
-            rows = attribute(_watched(lines, size, screen), policy.value, method.value if method else None, report)
+        files = in_order(sys.stdin.buffer if name == "-" else name for name in trace)
+        with _watched(_size(files), screen) as watch, _output(out) as write:
+            rows = attribute(lines_of(files, watch), policy.value, method.value if method else None, report)
             tally = copy(rows, write)
             if report.broken and not report.lines:
                 number, why = report.first_broken[0]
-                raise TraceError(f"{trace}, line {number}: {why}; expected a trace, one JSON object a line")
-    except (OSError, TraceError) as error:
+                raise TraceError(f"{' '.join(trace)}, line {number}: {why}; expected a trace, one JSON object a line")
+    except (OSError, TraceError, MissingDependency) as error:
         print(f"melodi-otel: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     for number, why in report.first_broken[:5]:
@@ -124,24 +130,23 @@ def copy(rows: Iterable[Mapping[str, Any]], write: IO[str]) -> Tally:
     return tally
 
 
-def _watched(lines: Iterable[bytes], size: int | None, screen: Any) -> Iterator[bytes]:
+def _size(files: Iterable[Path | IO[bytes]]) -> int | None:
+    """Bytes of all of them; None where one is a stream."""
+    total = 0
+    for file in files:
+        if not isinstance(file, Path):
+            return None
+        total += file.stat().st_size
+    return total
+
+
+@contextmanager
+def _watched(size: int | None, screen: Any) -> Generator[Callable[[int], None], None, None]:
     from melodi_otel.results.terminal import progress
 
     with progress(screen) as bar:
         task = bar.add_task("replaying", total=size)
-        for line in lines:
-            yield line
-            bar.advance(task, len(line))
-
-
-@contextmanager
-def _input(name: str) -> Generator[tuple[IO[bytes], int | None], None, None]:
-    if name == "-":
-        yield sys.stdin.buffer, None
-        return
-    path = Path(name)
-    with path.open("rb") as stream:
-        yield stream, path.stat().st_size
+        yield lambda read: bar.advance(task, read)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class StepLine(msgspec.Struct, tag="step", tag_field="kind", omit_defaults=True)
 
     t0: float
     t1: float
-    work: dict[str, list[int]]
+    work: dict[str, tuple[int, int, int]]
     engine: str | None = None
     devices: list[str] | None = None
     lane: int | None = None
@@ -206,11 +206,25 @@ KINDS: Final[dict[str, type[msgspec.Struct]]] = {
     "unseen": UnseenLine,
     "heard": HeardLine,
 }
-KNOWN_KEYS: Final = {kind: frozenset(("kind", *struct.__struct_fields__)) for kind, struct in KINDS.items()}
+AGAIN: Final = "again"
+"""Key of any line, ``true``: the file before this one says it, too, and whoever read that one leaves this line out."""
+KNOWN_KEYS: Final = {kind: frozenset(("kind", AGAIN, *struct.__struct_fields__)) for kind, struct in KINDS.items()}
+
+
+class FileLine(msgspec.Struct, tag="file", tag_field="kind"):
+    """The first line of each file of a recording in several: which recording, and which of its files, counted from 0.
+
+    It is read by :mod:`melodi_otel.trace.read` and by nobody behind it, so it is no :data:`Line`.
+    """
+
+    run: str
+    number: int
+
 
 _decode: Final = msgspec.json.Decoder(Line)
 _encode: Final = msgspec.json.Encoder()
 _loose: Final = msgspec.json.Decoder(dict[str, Any])
+_file: Final = msgspec.json.Decoder(FileLine)
 
 
 class UnknownKind(ValueError):
@@ -243,3 +257,31 @@ def unknown_keys(raw: str | bytes) -> set[str]:
 def encode(line: msgspec.Struct) -> bytes:
     """One line with its newline; what is unknown (None) is left out."""
     return _encode.encode(line) + b"\n"
+
+
+def encode_again(line: msgspec.Struct) -> bytes:
+    """A line that the file before this one has, too."""
+    return _encode.encode(line)[:-1] + b',"again":true}\n'
+
+
+def encode_value(value: str | float | list[str]) -> bytes:
+    """A value inside a line, in the form in which :func:`encode` writes it."""
+    return _encode.encode(value)
+
+
+def decode_file(raw: bytes) -> FileLine | None:
+    """The file that a line begins; None: it begins none."""
+    try:
+        return _file.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def said_again(raw: bytes) -> bool:
+    """Whether the file before has this line, too."""
+    if b'"again"' not in raw:
+        return False
+    try:
+        return _loose.decode(raw).get(AGAIN) is True
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False

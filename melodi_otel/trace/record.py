@@ -7,14 +7,9 @@ their full work.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
-import os
-import stat
-import sys
+import time
 from collections.abc import Callable, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +20,9 @@ from melodi_otel.attribution.meter import EngineId, Key, Late
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Counter
 from melodi_otel.trace import lines as form
-from melodi_otel.trace.whole import WholeSteps as Lane
+from melodi_otel.trace.again import Standing
+from melodi_otel.trace.files import TraceFiles
+from melodi_otel.trace.step_bytes import StepBytes
 from melodi_otel.units import seconds
 
 log = logging.getLogger("melodi_otel")
@@ -37,20 +34,33 @@ class Recorder:
     """Writes a trace file.
 
     Args:
-        path: the file; it is replaced. Where another process is writing it now, ``NAME.PID.jsonl`` beside it is used.
+        path: the file; it is replaced. A name that ends in ``.gz`` or ``.zst`` is packed. Where another process is writing it
+            now, ``NAME.PID.jsonl`` beside it is used.
         host_devices: ids that the ledger adds to every engine and request.
+        rotate: bytes from which on the next file, ``NAME.1.jsonl``, is begun; None: there is one file.
+        keep: how many files are left, the newest; 0: all.
+        clock: seconds, for how long packed lines may wait.
 
     Raises:
         OSError: the file cannot be written.
+        MissingDependency: the module that packs it is not installed.
     """
 
-    def __init__(self, path: str | Path, host_devices: Sequence[str] = ()) -> None:
-        # Unbuffered, with a buffer of our own: the lock of a buffered file may be held when the process forks.
-        self._file: FileIO | None = _own_file(Path(path))
+    def __init__(
+        self,
+        path: str | Path,
+        host_devices: Sequence[str] = (),
+        *,
+        rotate: int | None = None,
+        keep: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._standing = Standing()
+        self._files = TraceFiles(Path(path), rotate, keep, self._standing.lines, clock)
         self._buffer = bytearray()
         self._host = tuple(host_devices)
         self._counters: dict[str, tuple[Counter, float]] = {}
-        self._lanes: dict[tuple[EngineId, int], Lane] = {}
+        self._lanes: dict[tuple[EngineId, int], StepBytes] = {}
         self._t_ns = 0
         self._write: dict[str, Callable[..., None]] = {
             "device": self._device,
@@ -73,7 +83,7 @@ class Recorder:
     def tap(self, message: str, arguments: tuple[Any, ...]) -> None:
         """Write the line of one message; a failing disk ends the recording with one warning, nothing else."""
         writer = self._write.get(message)
-        if writer is None or self._file is None:
+        if writer is None or not self._files.open:
             return
         try:
             writer(*arguments)
@@ -81,44 +91,44 @@ class Recorder:
             self._give_up(error)
 
     def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
+        """Hand what is buffered to the operating system; packed lines at most once a second."""
         try:
             self._write_out()
+            self._files.flush()
         except OSError as error:
             self._give_up(error)
 
     def close(self) -> None:
         """Finish the file."""
-        self.flush()
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
+        try:
+            self._write_out()
+            self._files.close()
+        except OSError as error:
+            self._give_up(error)
 
     def forked(self) -> None:
         """In a child: the parent goes on writing, and what its buffer held is not written a second time."""
-        file, self._file = self._file, None
         self._buffer = bytearray()
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.close()
+        self._files.leave()
 
     def _give_up(self, error: OSError) -> None:
         log.warning("melodi_otel: recording stops, the trace cannot be written: %s", error)
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.close()
+        self._files.leave()
 
     def _line(self, line: msgspec.Struct) -> None:
-        self._buffer += form.encode(line)
+        if self._files.rotating:
+            self._standing.take(line)
+        self._put(form.encode(line))
+
+    def _put(self, line: bytes) -> None:
+        self._buffer += line
         if len(self._buffer) >= _BUFFER:
             self._write_out()
 
     def _write_out(self) -> None:
         whole, self._buffer = self._buffer, bytearray()
-        rest = memoryview(whole)
-        while rest and self._file is not None:
-            rest = rest[self._file.write(rest) or 0 :]
+        if whole:
+            self._files.write(whole)
 
     def _all(self, devices: Sequence[str] | None) -> list[str] | None:
         return None if devices is None else list(with_host(devices, self._host))
@@ -254,11 +264,15 @@ class Recorder:
         devices: tuple[str, ...] | None,
         *delta: Any,
     ) -> None:
-        run = self._lanes.setdefault((engine, lane), Lane())
+        run = self._lanes.get((engine, lane))
+        if run is None:
+            run = self._lanes[engine, lane] = StepBytes(engine_name(engine), lane, self._all)
         run.follow(seq)
-        self._work(engine, t0_ns, t1_ns, devices, run.advance(*delta), lane)
+        line = run.line(t0_ns, t1_ns, devices, *delta)
+        if line:
+            self._put(line)
         if not run.members:
-            del self._lanes[(engine, lane)]
+            del self._lanes[engine, lane]
 
     def _work(
         self,
@@ -269,7 +283,7 @@ class Recorder:
         work: Sequence[Work],
         lane: int | None,
     ) -> None:
-        rows = {row.id: [row.prefill, row.decode, row.context + row.prefill + row.decode] for row in work}
+        rows = {row.id: (row.prefill, row.decode, row.context + row.prefill + row.decode) for row in work}
         if rows:
             named = self._all(devices)
             self._line(form.StepLine(seconds(t0_ns), seconds(t1_ns), rows, engine_name(engine), named, lane))
@@ -289,31 +303,6 @@ class Recorder:
         self._line(
             form.CloseLine(seconds(t_ns), key.request, output_tokens, outcome, first, prompt_tokens, cached_tokens)
         )
-
-
-def _own_file(path: Path) -> FileIO:
-    # Opened without cutting it: a process that finds it in use must leave it as it is.
-    file = path.open("ab", buffering=0)
-    if not _lock(file):
-        file.close()
-        path = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
-        log.info("another process records to the trace file; this one writes %s", path)
-        file = path.open("ab", buffering=0)
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.truncate(0)
-    return file
-
-
-def _lock(file: FileIO) -> bool:
-    if sys.platform == "win32" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
 
 
 def engine_name(engine: EngineId) -> str:

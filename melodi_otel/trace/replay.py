@@ -8,12 +8,11 @@ does not grow with the trace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from melodi_otel.attribution.closing import MAX_WAIT_S
-from melodi_otel.attribution.engines import Work
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import EngineId, Key, Late, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
@@ -25,6 +24,7 @@ log = logging.getLogger("melodi_otel")
 
 GROUP: Final = "trace"
 METHODS: Final[tuple[Tier, ...]] = ("step", "slice", "phase", "window", "equal")
+_EVIDENCE: Final = (form.StepLine, form.TokensLine)
 _STATES: Final = ("loading", "ready", "gone")
 _OUTCOMES: Final = ("stop", "length", "abort", "error")
 
@@ -81,9 +81,11 @@ class Replay:
                     self.report.first_broken.append((number, str(error)))
                 continue
             self.report.lines += 1
-            if self._now_ns is not None:
-                self._ledger.settle(self._now_ns)
-            yield from self._drain()
+            # A step or a count can only complete an interval that waits for it; everything else may close or finish something.
+            if self._now_ns is not None and (type(line) not in _EVIDENCE or self._ledger.intervals_wait()):
+                self._ledger.settle(self._now_ns, show=False)
+            if self._ready:
+                yield from self._drain()
         self._ledger.flush(self._now_ns or 0)
         yield from self._drain()
         for books in self._ledger.snapshot().books.values():
@@ -245,30 +247,26 @@ class Replay:
         )
 
     def _step(self, line: form.StepLine) -> None:
-        work: list[Work] = []
-        for name, parts in line.work.items():
-            if len(parts) != 3:
-                raise ValueError(f"work of {name} needs [prefill, decode, context after], has {parts}")
-            prefill, decode, after = parts
-            work.append(Work(name, prefill, decode, max(0, after - prefill - decode)))
         t0_ns, t1_ns = ns(line.t0), self._now(line.t1)
         if self._method is None:
-            self._ledger.work(self._implied(line.engine, line.devices), t0_ns, t1_ns, line.devices, work, line.lane)
+            self._ledger.whole(
+                self._implied(line.engine, line.devices), t0_ns, t1_ns, line.devices, line.work, line.lane
+            )
         else:
-            self._as_counters(work, t1_ns)
+            self._as_counters(line.work, t1_ns)
 
-    def _as_counters(self, work: list[Work], t1_ns: int) -> None:
+    def _as_counters(self, work: Mapping[str, tuple[int, int, int]], t1_ns: int) -> None:
         # A weaker method than steps: what a token counter would have shown at the end of each step.
-        for part in work:
-            before = self._made.get(part.id, 0)
-            made = before + (part.decode or (1 if part.prefill and not before else 0))
-            self._made[part.id] = made
+        for name, (prefill, decode, _) in work.items():
+            before = self._made.get(name, 0)
+            made = before + (decode or (1 if prefill and not before else 0))
+            self._made[name] = made
             if self._method == "slice":
-                first = self._first.setdefault(part.id, t1_ns) if made else None
-                self._ledger.progress(Key(GROUP, part.id), t1_ns, made, first_token_ns=first)
-            elif made and self._method == "phase" and part.id not in self._first:
-                self._first[part.id] = t1_ns
-                self._ledger.progress(Key(GROUP, part.id), t1_ns, 1, first_token_ns=t1_ns)
+                first = self._first.setdefault(name, t1_ns) if made else None
+                self._ledger.progress(Key(GROUP, name), t1_ns, made, first_token_ns=first)
+            elif made and self._method == "phase" and name not in self._first:
+                self._first[name] = t1_ns
+                self._ledger.progress(Key(GROUP, name), t1_ns, 1, first_token_ns=t1_ns)
 
     def _tokens(self, line: form.TokensLine) -> None:
         t_ns = self._now(line.t)

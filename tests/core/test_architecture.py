@@ -92,6 +92,7 @@ ROOMS_OF: dict[str, set[str]] = {
     "psutil": {"sources", "processes"},
     "numpy": {"timeline", "attribution"},
     "msgspec": {"trace", "hub"},
+    "zstandard": {"trace"},
     "werkzeug": {"telemetry"},
     "rich": {"results/terminal.py", "cli/top.py", "cli/top_view.py"},
     "typer": {"cli"},

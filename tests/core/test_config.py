@@ -52,6 +52,8 @@ GOOD = {
     "MELODI_ANSWER_ENERGY": ("1", True),
     "MELODI_CONSOLE": ("true", True),
     "MELODI_RECORD": ("t.jsonl", "t.jsonl"),
+    "MELODI_RECORD_ROTATE": ("64M", 64 << 20),
+    "MELODI_RECORD_KEEP": ("3", 3),
     "MELODI_CARBON_INTENSITY": ("350", 350.0),
     "MELODI_PUE": ("1.2", 1.2),
     "MELODI_ENERGY_PRICE": ("0.3", 0.3),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from melodi_otel.trace.whole import WholeSteps as Lane
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.hub import lanes
 from melodi_otel.hub.lanes import LaneMirror, Lanes
+from melodi_otel.trace.whole import WholeSteps as Lane
 
 
 def test_the_set_is_told_to_whoever_is_new() -> None:
