@@ -218,24 +218,24 @@ class Fit:
 
         self._since_s = 0.0
         priors: dict[EngineId, Array] = {}
+        # Durations of all engines have one unit: what takes as long on a device costs about as much.
+        alike = True
         for engine in self.known():
             known = self._durations[engine].theta() if engine in self._durations else None
+            alike &= known is not None
             priors[engine] = np.array(roofline(engine)) if known is None else known
         if self._gram is None or self._moment is None:
-            self._thetas = (
-                {engine: Theta(*map(float, prior)) for engine, prior in priors.items()} if len(priors) == 1 else {}
-            )
+            usable = alike or len(priors) == 1
+            self._thetas = {engine: Theta(*map(float, prior)) for engine, prior in priors.items()} if usable else {}
             return
         size = len(self._moment)
         prior = np.zeros((size, len(self._blocks)))
         for at, (engine, start) in enumerate(self._blocks.items()):
             prior[start : start + WIDTH, at] = priors[engine]
-        # How many joules a unit of each engine's prior is.
-        units = nnls(_safe(prior.T @ self._gram @ prior), prior.T @ self._moment)
-        guess = prior @ units
+        pull = PSEUDO_ROWS / max(1, self.rows)
+        guess = prior @ _units(prior.T @ self._gram @ prior, prior.T @ self._moment, 0.25 * pull if alike else 0.0)
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
         seen = self._gram.diagonal() > 0.0
-        pull = PSEUDO_ROWS / max(1, self.rows)
         gram = self._gram / np.outer(scale, scale) + (pull + _RIDGE) * np.eye(size)
         found = nnls(gram, self._moment / scale + pull * guess * scale) / scale
         found = np.where(seen, found, guess)
@@ -295,7 +295,11 @@ def price(theta: Theta, x: Sequence[float]) -> float:
     return a * x[0] + b * x[1] + c * x[2] + d * x[3] + e * x[4] + f * x[5] + g * x[6]
 
 
-def _safe(gram: Array) -> Array:
+def _units(gram: Array, moment: Array, pull: float) -> Array:
+    """How many joules a unit of each engine's prior is, drawn towards one unit for all."""
     import numpy as np
 
-    return gram + np.diag(_RIDGE * np.maximum(gram.diagonal(), 1e-300))
+    scale = np.sqrt(np.maximum(gram.diagonal(), 1e-300))
+    common = max(0.0, float(moment.sum())) / max(1e-300, float(gram.sum()))
+    scaled = gram / np.outer(scale, scale) + (pull + _RIDGE) * np.eye(len(moment))
+    return nnls(scaled, moment / scale + pull * common * scale) / scale

@@ -85,7 +85,7 @@ def wander(rng: np.random.Generator, seconds: float, sigma: float, within_s: flo
 
 def grid(seconds: float) -> Floats:
     """Times of the ticks up to ``seconds``."""
-    return np.arange(round(seconds / TICK_S) + 1) * TICK_S
+    return np.asarray(np.arange(round(seconds / TICK_S) + 1) * TICK_S, dtype=np.float64)
 
 
 def smeared(energy: Floats) -> Floats:

@@ -16,6 +16,7 @@ from melodi_otel.attribution.closing import MAX_WAIT_S
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import EngineId, Key, Late, Share, Tier
 from melodi_otel.attribution.policy import StaticPolicy
+from melodi_otel.attribution.weights import CostModel
 from melodi_otel.devices import Device
 from melodi_otel.trace import lines as form
 from melodi_otel.units import ns, seconds
@@ -45,9 +46,12 @@ class Replay:
     Args:
         policy: who pays idle power while requests run.
         method: use no better evidence than this tier; None: the best there is.
+        model: weights of steps that stay as they are; None: they are fitted, as live.
     """
 
-    def __init__(self, policy: StaticPolicy = "busy_shared", method: Tier | None = None) -> None:
+    def __init__(
+        self, policy: StaticPolicy = "busy_shared", method: Tier | None = None, model: CostModel | None = None
+    ) -> None:
         self.report = Report()
         self._method = method if method != "step" else None
         self._ready: list[dict[str, Any]] = []
@@ -60,7 +64,12 @@ class Replay:
         self._known: set[str] = set()
         # A file has no reader who waits: steps that run across a reading get the longest time that the design allows.
         self._ledger = Ledger(
-            policy=policy, patience_s=None, best=self._method, finished=self._finished, step_wait_s=MAX_WAIT_S
+            policy=policy,
+            model=model,
+            patience_s=None,
+            best=self._method,
+            finished=self._finished,
+            step_wait_s=MAX_WAIT_S,
         )
 
     def run(self, source: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
+from melodi_otel.attribution.weights import Roofline
 from melodi_otel.trace.replay import Replay
 from tests.e2e.with_vllm.clients import fire, mixed
 from tests.e2e.with_vllm.rig import VllmServer, gpu
@@ -103,7 +104,7 @@ def recorded(vllm_server: Callable[..., VllmServer]) -> Recorded:
 def test_joules_follow_the_work(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
     """Replayed, the joules of 64 requests have the order of their work: rank correlation at least 0.99, and no joule is lost."""
     work = recorded.per_request()
-    rows = list(Replay().run(recorded.with_a_meter_of_work()))
+    rows = list(Replay(model=Roofline()).run(recorded.with_a_meter_of_work()))
     joules = {row["id"]: row["joules"] for row in rows if row["kind"] == "share" and row["device"] == recorded.device}
     names = sorted(work.keys() & joules.keys())
     assert len(names) >= 64
