@@ -4,9 +4,10 @@
 #   make test       everything that a machine without an accelerator can run (ARGS="tests/telemetry -k spans")
 #   make check      lint, format, types, house plan and unit tests, without torch; under three minutes
 #   make test-all   also slow tests, the second versions of our dependencies, and the benches
+#   make accuracy   how right a request's joules are, on simulated servers
 #   make format     let ruff write
 
-.PHONY: demo test check test-all test-slow test-second bench bench-vllm format docs clean
+.PHONY: demo test check test-all test-slow test-second bench accuracy bench-vllm format docs clean
 
 ARGS ?=
 # The pure rooms: no engine, no real model, no server.
@@ -47,12 +48,16 @@ test-second:
 	@MELODI_VLLM_PYTHON=$(CURDIR)/.venv/vllm-second/bin/python \
 		.venv/test/bin/python -m pytest -m "not slow and not gpu" tests/e2e/with_vllm
 
-bench:
+bench: accuracy
 	@scripts/venv test torch
 	.venv/test/bin/python bench/cost.py
 	.venv/test/bin/python bench/vllm.py hook
 	@# 2: there is no GPU here to calibrate, which it says
 	.venv/test/bin/python bench/calibrate_gpu.py || [ $$? = 2 ]
+
+accuracy:
+	@scripts/venv check
+	.venv/check/bin/python bench/accuracy.py --out bench/results/accuracy
 
 bench-vllm:
 	@scripts/venv test torch

@@ -129,6 +129,7 @@ class Account:
             bool(self.cpu.series),
             self.learner.rough,
             self._delayed(),
+            self.learner.state(),
         )
 
     def known(self) -> Known:
@@ -153,6 +154,8 @@ class Account:
         self._unsampled(state.pending)
         if state.idle_watts is not None:
             self.baseline.resume(state.idle_watts)
+        if state.learnt is not None:
+            self.learner.resume(state.learnt)
         if state.closed_ns is not None and self.timeline.first_ns is None:
             self.timeline.resume(state.closed_ns, state.reading)
             self.begin()

@@ -11,6 +11,7 @@ for relative errors. A fit decides shares only; the joules stay the measured one
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 WIDTH: Final = len(Features._fields)
 HALF_LIFE_S: Final = 300.0
 PSEUDO_ROWS: Final = 30.0
+FADING_ROWS: Final = 200.0
+"""The prior counts as :data:`PSEUDO_ROWS` rows in the beginning, and as half of them after so many."""
 ENOUGH_ROWS: Final = 8
 """Rows after which the fit is used; before, its prior."""
 ENOUGH_STEPS: Final = 30
@@ -152,9 +155,25 @@ class Fit:
         """Engines that have been seen at work."""
         return self._blocks.keys() | self._durations.keys()
 
-    def thetas(self) -> dict[EngineId, Theta]:
-        """All coefficients, for whoever keeps them."""
-        return dict(self._thetas) if self.holds else {}
+    def state(self) -> tuple[tuple[EngineId, ...], tuple[float, ...], tuple[float, ...]] | None:
+        """(engines, sums of products, moments) for :meth:`resume`; None: there are none."""
+        if self._gram is None or self._moment is None:
+            return None
+        return tuple(self._blocks), tuple(map(float, self._gram.ravel())), tuple(map(float, self._moment))
+
+    def resume(self, engines: Sequence[EngineId], gram: Sequence[float], moment: Sequence[float], rows: int) -> None:
+        """Go on from the sums of another process; sums of another form than this version's are left out."""
+        import numpy as np
+
+        size = WIDTH * len(engines)
+        if not engines or len(moment) != size or len(gram) != size * size:
+            return
+        found, sums = np.array(gram).reshape(size, size), np.array(moment)
+        if not np.isfinite(found).all() or not np.isfinite(sums).all():
+            return
+        self._gram, self._moment, self.rows = found, sums, rows
+        self._blocks = {engine: WIDTH * at for at, engine in enumerate(engines)}
+        self._since_s = math.inf  # solve with the next interval
 
     def step(self, engine: EngineId, x: Features, seconds: float) -> None:
         """A step took so long."""
@@ -232,7 +251,7 @@ class Fit:
         prior = np.zeros((size, len(self._blocks)))
         for at, (engine, start) in enumerate(self._blocks.items()):
             prior[start : start + WIDTH, at] = priors[engine]
-        pull = PSEUDO_ROWS / max(1, self.rows)
+        pull = PSEUDO_ROWS / max(1, self.rows) / (1.0 + self.rows / FADING_ROWS)
         guess = prior @ _units(prior.T @ self._gram @ prior, prior.T @ self._moment, 0.25 * pull if alike else 0.0)
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
         seen = self._gram.diagonal() > 0.0

@@ -12,6 +12,7 @@ from melodi_otel.attribution.fit import Fit
 from melodi_otel.attribution.lag import Lag
 from melodi_otel.attribution.lanes import Step
 from melodi_otel.attribution.meter import EngineId
+from melodi_otel.attribution.state import Learnt
 from melodi_otel.attribution.weights import Theta
 
 UNFIT: Final = 0.025
@@ -67,6 +68,21 @@ class Learner:
     def theta(self, engine: EngineId, roofline: Theta) -> Theta:
         """Weights of a step of ``engine``."""
         return self.fit.theta(engine) or roofline
+
+    def state(self) -> Learnt | None:
+        """What another process can go on from."""
+        found = self.fit.state()
+        if found is None and not self.lag.known:
+            return None
+        engines, gram, moment = found or ((), (), ())
+        return Learnt(engines, gram, moment, self.fit.rows, self.lag.ns, self.lag.known)
+
+    def resume(self, learnt: Learnt) -> None:
+        """Go on from what another process has learnt; where this one has learnt something itself, that stays."""
+        if not self.fit.rows:
+            self.fit.resume(learnt.engines, learnt.gram, learnt.moment, learnt.rows)
+        if not self.lag.known:
+            self.lag.ns, self.lag.known = learnt.lag_ns, learnt.lag_known
 
     @property
     def rough(self) -> float | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from melodi_otel.attribution.books import Bucket, Phase, Who
-from melodi_otel.attribution.meter import Key, Reason, Tier
+from melodi_otel.attribution.meter import EngineId, Key, Reason, Tier
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Reading
 
@@ -124,6 +124,25 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Learnt:
+    """What the fit of step costs and the search for the meter's delay have found on a device.
+
+    Attributes:
+        engines: whose costs, in the order of the blocks of the sums.
+        gram, moment: weighted sums of products of features (row by row) and of features and joules.
+        rows: how many rows are in them.
+        lag_ns, lag_known: the delay of the meter, and whether it was found.
+    """
+
+    engines: tuple[EngineId, ...] = ()
+    gram: tuple[float, ...] = ()
+    moment: tuple[float, ...] = ()
+    rows: int = 0
+    lag_ns: int = 0
+    lag_known: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceState:
     """The account of one device; joules throughout.
 
@@ -139,6 +158,7 @@ class DeviceState:
         closed_ns: up to when the books are closed; None: nothing was read.
         reading: the last reading of its counter; None: it has none, or none was read.
         interval_s, gone, process, rough, delayed: see :class:`Known`.
+        learnt: None: nothing yet.
     """
 
     device: Device
@@ -157,6 +177,7 @@ class DeviceState:
     process: bool = False
     rough: float | None = None
     delayed: bool = False
+    learnt: Learnt | None = None
 
     @property
     def known(self) -> Known:

@@ -43,7 +43,7 @@ def test_as_scipy_solves_it(size: int, seed: int) -> None:
 
 
 def test_costs_are_found_again() -> None:
-    """From 300 rows without noise a step is priced to 15 % (the prior still weighs a tenth), a mean interval to 1 %."""
+    """From 300 rows without noise a step is priced to 15 % (the prior still weighs a tenth), the middle interval to 4 %."""
     chance, fit = random.Random(1), Fit()
     for _ in range(600):
         x = work(chance)
@@ -55,7 +55,7 @@ def test_costs_are_found_again() -> None:
     for x in (Features(1.0, 8.0, 0.0, 8e3), Features(0.0, 8.0, 512.0, 8e3, 0.0, 1.0), Features(1.0, 32.0, 0.0, 3e4)):
         assert price(theta, x) == pytest.approx(price(TRUE, x), rel=0.15)
     assert fit.misfit is not None
-    assert fit.misfit < 0.01
+    assert fit.misfit < 0.04
 
 
 def test_two_engines_are_told_apart() -> None:
@@ -125,3 +125,25 @@ def test_starting_over_forgets_costs() -> None:
         fit.solve(lambda _: Roofline().theta(EngineFacts()))
     fit.start_over()
     assert (fit.rows, fit.theta(A), fit.misfit) == (0, None, None)
+
+
+def test_another_process_goes_on_from_the_sums() -> None:
+    """After one interval it prices as the first one did."""
+    chance, first, second = random.Random(3), Fit(), Fit()
+    for _ in range(100):
+        x = work(chance)
+        first.add({A: x}, price(TRUE, x), 0.1, 1.0)
+    first.solve(lambda _: Roofline().theta(EngineFacts()))
+    state = first.state()
+    assert state is not None
+    second.resume(*state, first.rows)
+    assert second.due()
+    second.solve(lambda _: Roofline().theta(EngineFacts()))
+    assert (second.theta(A), second.rows, second.holds) == (first.theta(A), 50, True)
+
+
+def test_sums_of_another_form_are_left_out() -> None:
+    fit = Fit()
+    fit.resume([A], [1.0] * 48, [1.0] * 7, 50)
+    fit.resume([A], [float("nan")] * 49, [1.0] * 7, 50)
+    assert (fit.rows, fit.state()) == (0, None)
