@@ -45,6 +45,7 @@ class Config:
     nvml_library: str | None = None
     estimate_watts: tuple[float, float] | None = None
     idle_watts: tuple[tuple[str, float], ...] = ()
+    calibration: tuple[tuple[str, float], ...] = ()
     host_id: str | None = None
     engine_devices: tuple[str, ...] = ()
     static_policy: StaticPolicy = "busy_shared"
@@ -194,6 +195,13 @@ def _idle(raw: str) -> tuple[tuple[str, float], ...]:
     return tuple(pairs)
 
 
+def _factors(raw: str) -> tuple[tuple[str, float], ...]:
+    pairs = _idle(raw)
+    if any(not 0.5 <= factor <= 2.0 for _, factor in pairs):
+        raise ValueError("out of range")
+    return pairs
+
+
 def _values(raw: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     found: dict[str, tuple[str, ...]] = {}
     for word in _words(raw):
@@ -260,6 +268,12 @@ VARIABLES: Final[dict[str, Variable]] = {
     ),
     "MELODI_IDLE_WATTS": Variable(
         "idle_watts", _idle, "DEVICE=WATTS,… with hw.id names", "Idle power per device instead of learning it."
+    ),
+    "MELODI_CALIBRATION": Variable(
+        "calibration",
+        _factors,
+        "DEVICE=FACTOR,… with hw.id names and factors from 0.5 to 2",
+        "True joules per joule that a device's meter shows, as found with a better meter.",
     ),
     "MELODI_HOST_ID": Variable("host_id", str, "any text", "host.id, where /etc/machine-id is a container's own."),
     "MELODI_ENGINE_DEVICES": Variable(

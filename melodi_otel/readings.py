@@ -24,6 +24,7 @@ class Readings:
         moved: called when a round is complete, to wake the settling.
         clock: for the age of the newest reading.
         groups: in a hub, cumulative CPU seconds of every group of its programs; None: this process is all there is.
+        calibration: true joules per joule that a device shows, by ``hw.id``; 1 where none is given.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class Readings:
         moved: Callable[[], None],
         clock: Clock,
         groups: Callable[[], Mapping[EngineId, float]] | None = None,
+        calibration: Mapping[str, float] | None = None,
     ) -> None:
+        self._calibration = dict(calibration or {})
         self._groups = groups
         self._ledger = ledger
         self._devices = devices
@@ -48,13 +51,19 @@ class Readings:
 
     def counter(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         """Cumulative joules; also the mean power since the last change, where no gauge shows it."""
+        joules, range_j = self._true(device_id, joules, range_j)
         self._ledger.counter(device_id, t_ns, joules, range_j)
         self._shown(device_id, t_ns, joules, range_j)
 
     def shaped(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         """A point between two readings, placed by the driver's power history; the sums stay the counter's."""
+        joules, range_j = self._true(device_id, joules, range_j)
         self._ledger.counter(device_id, t_ns, joules, range_j, shaped=True)
         self._shown(device_id, t_ns, joules, range_j)
+
+    def _true(self, device_id: str, joules: float, range_j: float | None) -> tuple[float, float | None]:
+        factor = self._calibration.get(device_id, 1.0)
+        return joules * factor, None if range_j is None else range_j * factor
 
     def _shown(self, device_id: str, t_ns: int, joules: float, range_j: float | None) -> None:
         self._alive(device_id, t_ns)
@@ -70,6 +79,7 @@ class Readings:
 
     def gauge(self, device_id: str, t_ns: int, watts: float) -> None:
         """Watts of a gauge."""
+        watts *= self._calibration.get(device_id, 1.0)
         self._ledger.gauge(device_id, t_ns, watts)
         self._alive(device_id, t_ns)
         self._gauged.add(device_id)

@@ -93,7 +93,9 @@ class Station:
         self._elsewhere = moved
         self._clocks = clocks
         groups = None if clocks is None else clocks.groups
-        self.readings: Final = Readings(self.ledger, self.devices, moved or self._moved.set, clock, groups)
+        self.readings: Final = Readings(
+            self.ledger, self.devices, moved or self._moved.set, clock, groups, dict(config.calibration)
+        )
         self._stale = later
         self._child = False
         self._complete = threading.Event()

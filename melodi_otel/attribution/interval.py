@@ -82,10 +82,11 @@ class IntervalCloser:
             # A request that begins a millisecond before the end of a long interval did not cause what happened in it.
             unworked = (joules - static) * max(0.0, 1.0 - DENSEST * (1.0 - idle_part))
         dynamic = joules - static - unworked
-        # A fit needs all that was done in the interval, and idle power to know what it took.
+        # A fit needs all that was done in the interval. Where idle power is not known its part is in what a step costs.
         judged = Judgement()
-        fits = self._learn and known and account.baseline.watts is not None and not account.cpu.series
+        fits = self._learn and known and not account.cpu.series
         if fits:
+            account.learner.based_on(account.baseline.watts is not None)
             judged = account.learner.judge(
                 work,
                 dynamic,

@@ -60,6 +60,7 @@ class Learner:
         self._ratios: deque[float] = deque(maxlen=301)
         self._usual = self._most = 1.0
         self._strange = 0
+        self._based = True
         self._since_usual = 0
         self._strange_s = 0.0
         self._unfit = False
@@ -88,6 +89,14 @@ class Learner:
     def rough(self) -> float | None:
         """Relative 1 sigma of one interval about what is predicted for it; None: not known."""
         return self.fit.misfit if self.fit.holds else None
+
+    def based_on(self, idle_known: bool) -> None:
+        """Whether joules are those above idle; costs that were learnt of others hold no more."""
+        if idle_known is not self._based:
+            self._based = idle_known
+            self.fit.start_over()
+            self.lag.skip()
+            self._ratios.clear()
 
     def judge(
         self,
