@@ -22,6 +22,8 @@ TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
 
 
+STUCK_S: Final = 3.0
+"""A counter of a device with idle power that does not move for longer than this is stuck."""
 RETURN_NS: Final = 5_000_000_000
 """After a gap, requests that ran all the time take so long to be announced again: until then no interval counts as idle."""
 
@@ -47,6 +49,7 @@ class Account:
         self.leavings = Leavings()
         self.learner = Learner()
         self.interval_s = device.period_s or 0.1
+        self._still_s = 0.0
         self.measured = 0.0
         self.settled = 0.0
         self.residual = 0.0
@@ -180,6 +183,17 @@ class Account:
         if self.lost:
             held -= sum(max(0, min(lost.t1_ns, t1_ns) - max(lost.t0_ns, t0_ns)) for lost in self.lost)
         return max(0.0, held / (t1_ns - t0_ns))
+
+    def stuck(self, interval: Interval) -> bool:
+        """Whether the counter has stood still for so long that it cannot be true: what the device uses is not known then.
+
+        A device that draws power when idle draws some at any time; a counter that is renewed seldom still moves within seconds.
+        """
+        if interval.joules != 0.0 or not self.baseline.watts:
+            self._still_s = 0.0
+            return False
+        self._still_s += (interval.t1_ns - interval.t0_ns) / 1e9
+        return self._still_s > STUCK_S
 
     def had_reset(self, t0_ns: int, t1_ns: int) -> bool:
         """Whether readings that say nothing of their interval lie in [t0, t1]; a gap without readings is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from melodi_otel.attribution.account import Account
@@ -157,19 +157,20 @@ class Arrivals:
         new: list[Activity],
         computes: bool,
     ) -> None:
-        if devices is not None:
-            devices = self._board(devices)
         rows, coverage = self._rows(state, run, work, t0_ns, computes)
         step = Step(state.id, run, t0_ns, t1_ns, rows, run.changes, computes, coverage)
         run.changes = []
-        run.last = {row.activity for row in rows}
+        if rows or run.last:
+            run.last = {row.activity for row in rows}
         if devices is not None:
-            named = with_host(devices, self._host_devices)
+            if devices != run.given:
+                run.given, run.given_named = devices, with_host(self._board(devices), self._host_devices)
+            named = run.given_named
         elif state.devices is not None:
             named = state.devices
         else:
             named = rows[0].activity.devices if rows else next(iter(run.riding)).devices if run.riding else ()
-        told: Iterable[Activity] = [*(row.activity for row in rows), *new]
+        told = [*(row.activity for row in rows), *new] if rows else new
         if named != run.named and step.participants:
             told = [*told, *run.riding]
             run.named = named

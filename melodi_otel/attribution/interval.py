@@ -59,6 +59,9 @@ class IntervalCloser:
         if interval.joules is None:
             account.lost.append(interval)
             return
+        if account.stuck(interval):
+            account.lost.append(interval)
+            return
         t0, t1, joules = interval.t0_ns, interval.t1_ns, interval.joules
         account.measured += joules
         if account.device.type == "host":

@@ -150,6 +150,7 @@ class Lane:
         riding: the riders of the set by activity; ``ended``: activities among them that have been closed.
         last: activities that stood in rows of the newest step.
         changes: of the set, since the newest step.
+        given: devices that were told with the newest step that named any, and ``given_named`` what they stand for.
         named: devices of the newest step; ``on``: those that have been told all changes; ``clocks``: what counts there.
     """
 
@@ -160,6 +161,8 @@ class Lane:
         "clocks",
         "computed_ns",
         "ended",
+        "given",
+        "given_named",
         "last",
         "members",
         "named",
@@ -188,6 +191,8 @@ class Lane:
         self.last: set[Activity] = set()
         self.changes: list[Change] = []
         self.named: tuple[str, ...] | None = None
+        self.given: tuple[str, ...] | None = None
+        self.given_named: tuple[str, ...] = ()
         self.on: set[str] = set()
         self.clocks: dict[str, Clock] = {}
 
