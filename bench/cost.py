@@ -31,6 +31,9 @@ from melodi_otel.instrumentation.seam import Begin, End
 from melodi_otel.runtime import Runtime
 from melodi_otel.testing.nvml import FakeGpu, FakeNvml
 from melodi_otel.testing.powercap import FakePowercap
+from melodi_otel.trace.read import lines_of
+from melodi_otel.trace.record import Recorder
+from melodi_otel.trace.replay import replay
 
 REQUESTS = 400
 STEPS = 400
@@ -241,6 +244,43 @@ def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
     return [("sampler, 8 GPUs + 2 packages + DRAM, 10 Hz, of one core (target ≤ 0.5)", found, "%")]
 
 
+def record_cost(rounds: int) -> list[tuple[str, list[float], str]]:
+    """Recording 100 steps a second of 256 rows, flushed as it runs: percent of a core; and replaying them."""
+    found: dict[str, list[float]] = {"jsonl": [], "jsonl.gz": []}
+    lines: list[float] = []
+    rows: list[float] = []
+    engine = EngineId("g", 0)
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(rounds):
+            for ending, costs in found.items():
+                path = Path(directory) / f"trace.{ending}"
+                recorder = Recorder(path)
+                recorder.tap("device", (Device("GPU-0", "gpu", idle_watts=60.0),))
+                joined = [Joined(f"chatcmpl-{n:016x}", 100) for n in range(RUNNING)]
+                start = time.thread_time_ns()
+                for n in range(STEPS):
+                    times = (n * 10_000_000, (n + 1) * 10_000_000)
+                    recorder.tap("step", (engine, 0, n, *times, None, Decode(RUNNING, 0), (), (), joined, ()))
+                    joined = []
+                    if n % 10 == 9:
+                        recorder.tap("counter", ("GPU-0", times[1], 3.0 * n, None))
+                        recorder.flush()
+                costs.append((time.thread_time_ns() - start) / 1e9 / (STEPS / 100.0) * 100.0)
+                recorder.close()
+            start = time.thread_time_ns()
+            for _share in replay(lines_of([Path(directory) / "trace.jsonl"])):
+                pass
+            seconds = (time.thread_time_ns() - start) / 1e9
+            lines.append(STEPS * 1.1 / seconds)
+            rows.append(STEPS * RUNNING / seconds)
+    return [
+        ("recording 100 steps a second of 256 rows, of one core (target ≤ 2)", found["jsonl"], "%"),
+        ("the same, packed (.gz)", found["jsonl.gz"], "%"),
+        ("replaying steps of 256 rows: lines", lines, "1/s"),
+        ("replaying steps of 256 rows: rows (target ≥ 500,000)", rows, "1/s"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -256,7 +296,8 @@ def main() -> None:
         with tree.live(0.01):
             rows = request_cost(runtime, options.rounds) + token_cost(runtime, options.rounds)
             runtime.shutdown()
-    rows += step_cost(max(3, options.rounds // 3)) + sampler_cost(options.seconds)
+    few = max(3, options.rounds // 3)
+    rows += step_cost(few) + record_cost(few) + sampler_cost(options.seconds)
     print(f"{platform.machine()}, Python {platform.python_version()}, {options.rounds} rounds, sides taking turns\n")
     print("| what | median | quartiles | unit |\n|---|---|---|---|")
     for name, values, unit in rows:
