@@ -16,7 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,40 +245,57 @@ def sampler_cost(seconds: float) -> list[tuple[str, list[float], str]]:
 
 
 def record_cost(rounds: int) -> list[tuple[str, list[float], str]]:
-    """Recording 100 steps a second of 256 rows, flushed as it runs: percent of a core; and replaying them."""
-    found: dict[str, list[float]] = {"jsonl": [], "jsonl.gz": []}
-    lines: list[float] = []
-    rows: list[float] = []
-    engine = EngineId("g", 0)
+    """Recording 100 steps a second of 256 rows, flushed as it runs: percent of a core; and replaying what was recorded."""
+    plain: list[float] = []
+    packed: list[float] = []
+    replayed: dict[int, list[float]] = {8: [], RUNNING: []}
     with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
         for _ in range(rounds):
-            for ending, costs in found.items():
-                path = Path(directory) / f"trace.{ending}"
-                recorder = Recorder(path)
-                recorder.tap("device", (Device("GPU-0", "gpu", idle_watts=60.0),))
-                joined = [Joined(f"chatcmpl-{n:016x}", 100) for n in range(RUNNING)]
+            packed.append(_record(place / "trace.jsonl.gz", RUNNING, STEPS))
+            plain.append(_record(place / "trace.jsonl", RUNNING, STEPS))
+            _record(place / "small.jsonl", 8, 20 * STEPS)
+            for members, name in ((RUNNING, "trace.jsonl"), (8, "small.jsonl")):
                 start = time.thread_time_ns()
-                for n in range(STEPS):
-                    times = (n * 10_000_000, (n + 1) * 10_000_000)
-                    recorder.tap("step", (engine, 0, n, *times, None, Decode(RUNNING, 0), (), (), joined, ()))
-                    joined = []
-                    if n % 10 == 9:
-                        recorder.tap("counter", ("GPU-0", times[1], 3.0 * n, None))
-                        recorder.flush()
-                costs.append((time.thread_time_ns() - start) / 1e9 / (STEPS / 100.0) * 100.0)
-                recorder.close()
-            start = time.thread_time_ns()
-            for _share in replay(lines_of([Path(directory) / "trace.jsonl"])):
-                pass
-            seconds = (time.thread_time_ns() - start) / 1e9
-            lines.append(STEPS * 1.1 / seconds)
-            rows.append(STEPS * RUNNING / seconds)
+                count = 0
+                for count, _line in enumerate(replay(_counted(lines_of([place / name]), seen := [0])), 1):
+                    pass
+                assert count
+                replayed[members].append(seen[0] / ((time.thread_time_ns() - start) / 1e9))
     return [
-        ("recording 100 steps a second of 256 rows, of one core (target ≤ 2)", found["jsonl"], "%"),
-        ("the same, packed (.gz)", found["jsonl.gz"], "%"),
-        ("replaying steps of 256 rows: lines", lines, "1/s"),
-        ("replaying steps of 256 rows: rows (target ≥ 500,000)", rows, "1/s"),
+        ("recording 100 steps a second of 256 rows, of one core (target ≤ 2)", plain, "%"),
+        ("the same, packed (.gz)", packed, "%"),
+        (
+            "replaying steps of 256 rows: rows (target ≥ 500,000)",
+            [lines * RUNNING for lines in replayed[RUNNING]],
+            "1/s",
+        ),
+        ("replaying steps of 8 rows: lines (target ≥ 20,000)", replayed[8], "1/s"),
     ]
+
+
+def _record(path: Path, members: int, steps: int) -> float:
+    """Percent of a core at 100 steps a second."""
+    recorder, engine = Recorder(path), EngineId("g", 0)
+    recorder.tap("device", (Device("GPU-0", "gpu", idle_watts=60.0),))
+    joined = [Joined(f"chatcmpl-{n:016x}", 100) for n in range(members)]
+    start = time.thread_time_ns()
+    for n in range(steps):
+        times = (n * 10_000_000, (n + 1) * 10_000_000)
+        recorder.tap("step", (engine, 0, n, *times, ("GPU-0",), Decode(members, 0), (), (), joined, ()))
+        joined = []
+        if n % 10 == 9:
+            recorder.tap("counter", ("GPU-0", times[1], 3.0 * n, None))
+            recorder.flush()
+    spent = (time.thread_time_ns() - start) / 1e9
+    recorder.close()
+    return spent / (steps / 100.0) * 100.0
+
+
+def _counted(lines: Iterable[bytes], seen: list[int]) -> Iterator[bytes]:
+    for line in lines:
+        seen[0] += 1
+        yield line
 
 
 def main() -> None:
