@@ -20,8 +20,6 @@ from melodi_otel.timeline.timeline import Interval, Timeline
 
 TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
-
-
 STUCK_S: Final = 3.0
 """A counter of a device with idle power that does not move for longer than this is stuck."""
 RETURN_NS: Final = 5_000_000_000

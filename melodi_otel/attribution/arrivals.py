@@ -7,7 +7,7 @@ from typing import Final
 
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
-from melodi_otel.attribution.engines import EngineState, Work, with_host
+from melodi_otel.attribution.engines import EngineState, Work, by_id, with_host
 from melodi_otel.attribution.lanes import Lane, Step, WorkRow
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.roster import Roster
@@ -82,8 +82,7 @@ class Arrivals:
         number: int | None,
     ) -> None:
         """A step with its full work; ``number`` is its lane, None: the first lane that is free."""
-        done = {part.id: (part.prefill, part.decode, part.context + part.prefill + part.decode) for part in work}
-        self.whole(engine, t0_ns, t1_ns, devices, done, number)
+        self.whole(engine, t0_ns, t1_ns, devices, by_id(work), number)
 
     def whole(
         self,

@@ -199,15 +199,13 @@ class Core:
         activity.reason = reason
         self.roster.add(activity)
         self.changed = True
-        if engine is not None:
-            state = self.roster.engine(engine)
+        state = None if engine is None else self.roster.engine(engine)
+        activity.devices, activity.assumed = self._devices_for(engine, devices)
+        if state is not None:
             activity.engine = engine
             state.add(activity)
         elif late is None:
             self.roster.blocks[key] = activity
-        activity.devices, activity.assumed = self._devices_for(engine, devices)
-        if engine is not None:
-            self.roster.engine(engine).on.update(activity.devices)
         outer = self.roster.activities.get(parent) if parent is not None else self.roster.only_block(activity)
         if outer is not None and may_hold(outer, activity):
             activity.parent = outer

@@ -39,6 +39,11 @@ class Work(NamedTuple):
     context: int
 
 
+def by_id(work: Sequence[Work]) -> dict[str, tuple[int, int, int]]:
+    """As traces have it: id -> (prompt tokens, decode tokens, context after)."""
+    return {part.id: (part.prefill, part.decode, part.context + part.prefill + part.decode) for part in work}
+
+
 @dataclass(slots=True)
 class Speed:
     """Prompt tokens per second that an engine has shown (moving average)."""
@@ -103,6 +108,7 @@ class EngineState:
         """It computes this request."""
         at = id(activity)
         self.open[at] = activity
+        self.on.update(activity.devices)
         if activity.last_step_ns is None:
             self.unstepped[at] = activity
         if activity.close_ns is not None:

@@ -76,6 +76,7 @@ class IntervalCloser:
         work: dict[EngineId, list[float]] = {}
         cells, known = self._cells(account, interval, engines, work)
         idle_part = unworked_part(t0, t1, cells)
+        based = account.baseline.watts is not None
         if account.baseline.watts is None:
             # What is idle and what is work cannot be told apart yet: the border of the work is cut by time alone.
             static = 0.0
@@ -87,14 +88,15 @@ class IntervalCloser:
         dynamic = joules - static - unworked
         # A fit needs all that was done in the interval. Where idle power is not known its part is in what a step costs.
         judged = Judgement()
+        busy = 1.0 - idle_part if cells else 0.0
         fits = self._learn and known and not account.cpu.series
         if fits:
-            account.learner.based_on(account.baseline.watts is not None)
+            account.learner.based_on(based)
             judged = account.learner.judge(
                 work,
                 dynamic,
                 (t1 - t0) / 1e9,
-                1.0 - idle_part if cells else 0.0,
+                busy,
                 mixture=any(self._roster.engine(engine).facts.routed for engine in work),
                 experts_unknown=any(self._roster.engine(engine).facts.experts_unknown for engine in work),
             )
@@ -109,7 +111,6 @@ class IntervalCloser:
         elif foreign > 0.0:
             for cell in cells:
                 cell.alone = False
-        based = account.baseline.watts is not None
         quality = "estimated" if account.device.estimated or judged.unfit else "measured"
         for cell in cells:
             if cell.pack is not None:
@@ -136,7 +137,7 @@ class IntervalCloser:
                 foreign=foreign,
                 bucket=bucket,
                 holder=holder,
-                based=account.baseline.watts is not None,
+                based=based,
             )
         )
         _accrue(account, division.given, t1 - t0, based, foreign > 0.0, judged)
@@ -144,7 +145,7 @@ class IntervalCloser:
             error = _error(clock.mode.tier, judged)
             clock.close(of_joules, t1 - t0, error, foreign > 0.0, judged.unfit)
         if fits:
-            self._teach(account, interval, work, dynamic, 1.0 - idle_part if cells else 0.0, foreign == 0.0)
+            self._teach(account, interval, work, dynamic, busy, foreign == 0.0)
         if cells:
             account.worked(max([cell.t1_ns for cell in cells]))
         elif not self.unseen.any_in(t0, t1):
@@ -391,9 +392,9 @@ def _accrue(
         # What a prompt's token costs against a decoded one is the least certain ratio of all.
         error = _error(tier, judged)
         accrual.spread += (max(error, min(2.0 * error, PROMPT)) if prefill > decode else error) * given.shared
-        if judged.unfit and tier != "exclusive":
-            accrual.unfit += prefill + decode + unsplit + static
         unfit = judged.unfit and tier != "exclusive"
+        if unfit:
+            accrual.unfit += prefill + decode + unsplit + static
         quality = "estimated" if estimated or unfit else "interpolated" if tier in ASSUMING else "measured"
         # Without idle power the phases cannot be told from it, neither on spans (see finishing) nor in metrics.
         if not based:

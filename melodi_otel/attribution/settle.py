@@ -97,6 +97,19 @@ class Cell:
     static_each: float = 0.0
     company: float = 0.0
 
+    def present(self) -> tuple[int, int]:
+        """(different requests in it, their sequences)."""
+        heads = len(self.rows)
+        count = self.rows[0].participants if heads == 1 else sum([row.participants for row in self.rows])
+        if self.pack is None:
+            return heads, count
+        return heads + self.pack.heads, count + self.pack.members
+
+    @property
+    def told(self) -> Tier:
+        """The tier under which its joules are booked: nobody's weights matter for who is alone."""
+        return "exclusive" if self.alone and self.tier != "process" else self.tier
+
 
 @dataclass(slots=True)
 class Given:
@@ -185,14 +198,9 @@ def share_static(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]) -
         start, stop = cell.t0_ns, cell.t1_ns
         if stop <= start:
             continue
-        rows, pack = cell.rows, cell.pack
-        heads = len(rows)
-        count = rows[0].participants if heads == 1 else sum([row.participants for row in rows])
-        if pack is not None:
-            heads += pack.heads
-            count += pack.members
-            if heads > 1:
-                cell.alone = False
+        heads, count = cell.present()
+        if heads > 1:
+            cell.alone = False
         for at, sign in ((start, 1), (stop, -1)):
             change = changes.get(at)
             if change is None:
@@ -249,12 +257,7 @@ def _static_in_turn(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]
     rate = joules / (t1_ns - t0_ns)
     idle_ns, last = 0, t0_ns
     for cell in cells:
-        heads = len(cell.rows)
-        count = sum([row.participants for row in cell.rows]) if heads else 0
-        pack = cell.pack
-        if pack is not None:
-            heads += pack.heads
-            count += pack.members
+        heads, count = cell.present()
         idle_ns += cell.t0_ns - last
         last = cell.t1_ns
         length = last - cell.t0_ns
@@ -273,7 +276,7 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
     # Weights are added up first, in the fields of the joules, and priced when their sum is known.
     total = 0.0
     for cell in pool.cells:
-        tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
+        tier = cell.told
         slots = by_tier.get(tier)
         if slots is None:
             slots = by_tier[tier] = {}
@@ -331,7 +334,7 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
 def _run_clock(cell: Cell, pack: Pack, per_weight: float, timed: bool) -> None:
     clock = pack.clock
     clock.enter(pack.number, pack.changes)
-    if not pack.members or (cell.alone and cell.tier != "process" and pack.only is not None):
+    if not pack.members or (cell.told == "exclusive" and pack.only is not None):
         return
     length = cell.t1_ns - cell.t0_ns
     if timed:
@@ -371,7 +374,7 @@ def _price_by_time(cells: Sequence[Cell], by_tier: dict[Tier, dict[Activity, Giv
         got.prefill = got.decode = got.unsplit = 0.0
     total = 0.0
     for cell in cells:
-        tier: Tier = "exclusive" if cell.alone and cell.tier != "process" else cell.tier
+        tier = cell.told
         pack = cell.pack
         if pack is not None:
             weight = float(max(1, cell.t1_ns - cell.t0_ns)) * pack.members

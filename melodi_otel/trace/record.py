@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from melodi_otel.attribution.engines import Work, with_host
+from melodi_otel.attribution.engines import Work, by_id, with_host
 from melodi_otel.attribution.meter import EngineId, Key, Late
 from melodi_otel.devices import Device
 from melodi_otel.timeline.counter import Counter
@@ -283,7 +283,7 @@ class Recorder:
         work: Sequence[Work],
         lane: int | None,
     ) -> None:
-        rows = {row.id: (row.prefill, row.decode, row.context + row.prefill + row.decode) for row in work}
+        rows = by_id(work)
         if rows:
             named = self._all(devices)
             self._line(form.StepLine(seconds(t0_ns), seconds(t1_ns), rows, engine_name(engine), named, lane))

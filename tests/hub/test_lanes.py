@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
+from melodi_otel.attribution.activity import Activity
+from melodi_otel.attribution.lanes import Lane, Step
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill
 from melodi_otel.hub import lanes
 from melodi_otel.hub.lanes import LaneMirror, Lanes
-from melodi_otel.trace.whole import WholeSteps as Lane
 
 
 def test_the_set_is_told_to_whoever_is_new() -> None:
@@ -67,6 +68,13 @@ def test_mirror_and_ledger_agree(
         decode = Decode(1, 0) if decoding else Decode(0, 0)
         whole = mirror.take(seq, decode, computed, joined, left, fresh=fresh)
         lane.follow(mirror.number)
-        lane.advance(decode, [], computed, joined if whole is None else whole, left if whole is None else [])
+        for name in left if whole is None else []:
+            lane.leave(name)
+        for member in joined if whole is None else whole:
+            lane.join(member.id, Activity(Key("g", member.id), 0), member.context)
+        for row in computed:
+            lane.leave(row.id)
+        Step(EngineId("g", 0), lane, 0, 1, (), lane.changes, decode.n > 0, 0.0)
         count = mirror._count
-        assert lane.members == {name: context + count - since for name, (context, since) in mirror.members.items()}
+        found = {name: offset + lane.tick for name, (_, offset) in lane.members.items()}
+        assert found == {name: context + count - since for name, (context, since) in mirror.members.items()}

@@ -14,7 +14,7 @@ import transformers
 from transformers.generation.continuous_batching import continuous_api
 
 from melodi_otel.instrumentation.transformers import TransformersInstrumentor
-from melodi_otel.trace.whole import WholeSteps as Lane
+from melodi_otel.testing.whole_steps import WholeSteps as Lane
 
 SIZED = getattr(transformers, "ContinuousBatchingConfig", None)
 five = pytest.mark.skipif(SIZED is None, reason="continuous batching of 4.57 has no such thing")

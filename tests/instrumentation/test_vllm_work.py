@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from melodi_otel.attribution.meter import Decode, Joined, Prefill
 from melodi_otel.instrumentation.vllm.work import WorkReader
 from melodi_otel.testing.vllm_scheduler import FakeScheduler
-from melodi_otel.trace.whole import WholeSteps as Lane
+from melodi_otel.testing.whole_steps import WholeSteps as Lane
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Steps in delta form made whole: what every id computed in each of them."""
+"""Steps in delta form made whole, plainly: what every id computed in each of them. The truth beside cleverer readers."""
 
 from __future__ import annotations
 
