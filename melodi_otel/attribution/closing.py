@@ -41,6 +41,8 @@ def may_close(
     """
     if interval.gap:
         return True  # nobody's joules: there is no evidence to wait for
+    if now_ns < interval.t1_ns:
+        return False  # a meter that is thought to be early: what will be done up to its end is not known yet
     longest_s = STEP_PART * wait_s(account.device, account.interval_s) if longest_s is None else longest_s
     if now_ns >= interval.t1_ns + round(1e9 * longest_s):
         return True

@@ -17,6 +17,8 @@ from melodi_otel.attribution.weights import Features, Theta
 STEP_MS: Final = 10
 EARLIEST_MS: Final = -60
 LATEST_MS: Final = 300
+LATEST_SELDOM_MS: Final = 1000
+"""The same where it is read every half second at most."""
 KEPT_S: Final = 60.0
 _INTERVALS: Final = 40
 """Intervals that are needed at least."""
@@ -87,30 +89,36 @@ class Lag:
         total = np.concatenate([[0.0], np.cumsum(power[:-1] * np.diff(edges))])
         intervals = np.array(self._intervals)
         begin, end, measured = intervals[:, 0] - origin, intervals[:, 1] - origin, intervals[:, 2]
-        lengths = (end - begin) / 1e9
-        longest = float(np.median(lengths))
-        stride = STEP_MS if longest < 0.5 else 2 * STEP_MS
-        low, high = (EARLIEST_MS, LATEST_MS) if longest < 0.5 else (-500, 1000)
+        # A meter is read seldom while nobody works; how often it can be read is said by its shortest intervals.
+        seldom = float(np.percentile(end - begin, 10)) >= 0.5e9
+        stride = 2 * STEP_MS if seldom else STEP_MS
+        low, high = EARLIEST_MS, LATEST_SELDOM_MS if seldom else LATEST_MS
         # The same intervals for every delay: those that all of them see.
         inside = (begin - high * 1e6 >= edges[0]) & (end - low * 1e6 <= edges[-1])
         if int(inside.sum()) < _INTERVALS:
             return
         begin, end, measured = begin[inside], end[inside], measured[inside]
+        # Power, and not joules: those of a long interval are more whatever is done in it. Each counts by its length, for a reading's
+        # grain is much power in a short one.
+        lengths = end - begin
+        counts = lengths / lengths.sum()
 
         def left(delay_ms: float) -> float:
             until = np.asarray(np.interp(end - delay_ms * 1e6, edges, total), dtype=np.float64)
             since = np.asarray(np.interp(begin - delay_ms * 1e6, edges, total), dtype=np.float64)
-            spread = (until - since) - float(np.mean(until - since))
-            held = float(spread @ spread)
-            slope = float(spread @ y) / held if held > 0.0 else 0.0
+            spread = (until - since) / lengths
+            spread = spread - float(counts @ spread)
+            held = float(counts @ (spread * spread))
+            slope = float(counts @ (spread * y)) / held if held > 0.0 else 0.0
             rest = y - slope * spread
-            return float(rest @ rest)
+            return float(counts @ (rest * rest))
 
-        y = measured - measured.mean()
+        y = measured / lengths
+        y = y - float(counts @ y)
         grid = list(range(low, high + 1, stride))
         rests = [left(delay) for delay in grid]
         at = int(np.argmin(rests))
-        if at in (0, len(grid) - 1) or rests[at] > (1.0 - _EXPLAINED) * float(y @ y):
+        if at in (0, len(grid) - 1) or rests[at] > (1.0 - _EXPLAINED) * float(counts @ (y * y)):
             return
         self.known = True
         if rests[at] > _BETTER * left(self.ns / 1e6):

@@ -55,3 +55,20 @@ def test_too_little_says_nothing() -> None:
     lag.interval(0, 100 * MS, 5.0)
     lag.look(lambda _: THETA)
     assert not lag.known
+
+
+def test_how_often_a_meter_is_read_is_no_power() -> None:
+    """Read once a second while nothing runs and ten times while something does, at constant power: nothing is known."""
+    lag, chance = Lag(), random.Random(6)
+    at = 0
+    for _ in range(30):
+        for _ in range(2):
+            lag.interval(at, at + 1000 * MS, 100.0 + chance.gauss(0.0, 0.2))
+            at += 1000 * MS
+        for _ in range(10):
+            for n in range(10):
+                lag.step(at + 10 * n * MS, at + 10 * (n + 1) * MS, ENGINE, Features(4.0))
+            lag.interval(at, at + 100 * MS, 10.0 + chance.gauss(0.0, 0.2))
+            at += 100 * MS
+    lag.look(lambda _: THETA)
+    assert (lag.ns, lag.known) == (0, False)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from melodi_otel.attribution.engines import Work
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import EngineId, Key, Prefill, Share
 from melodi_otel.devices import Device
@@ -184,3 +185,22 @@ def test_a_neighbour_is_no_idle_power() -> None:
         made.counter("GPU-0", 31 * S, joules + 600.0)
         made.settle(31 * S)
         assert future.result(0)[0].static == pytest.approx(watts)
+
+
+def test_a_meter_that_is_early_closes_nothing_ahead_of_time() -> None:
+    """It is thought to be 60 ms early: its interval up to 1.06 s waits until then, so the step up to 1.05 s gets its joules."""
+    ledger = Ledger(patience_s=None, step_wait_s=60.0)
+    ledger.device(Device("G", "gpu", idle_watts=0.0))
+    ledger.counter("G", 0, 0.0)
+    ledger.settle(0)
+    ledger._core.accounts["G"].learner.lag.ns = -60_000_000
+    ledger.counter("G", 1_000_000_000, 100.0)
+    ledger.settle(1_000_000_000)
+    assert ledger.snapshot().books["G"].measured == 0.0
+    ledger.open(Key("g", "r"), 1_010_000_000, engine=EngineId("g", 0), devices=("G",))
+    ledger.work(EngineId("g", 0), 1_010_000_000, 1_050_000_000, ("G",), [Work("r", 10, 0, 0)])
+    future = ledger.close(Key("g", "r"), 1_050_000_000, 1, "stop")
+    ledger.settle(1_060_000_000)
+    (share,) = future.result(0)
+    assert share.joules is not None
+    assert share.joules > 0.0

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from melodi_otel.attribution import engines
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.instrumentation.transformers.continuous_steps import Lane, Scheduled
+from melodi_otel.testing.whole_steps import WholeSteps
 
 ENGINE = EngineId("g", 0)
 
@@ -32,7 +32,7 @@ class Loop:
         self.steps, self.rows, self.states, self.numbers = [], {}, {}, []
         self.lane = Lane(3)
         self.lane.report_to(self, ENGINE, ("GPU-0",))
-        self.whole = engines.Lane()
+        self.whole = WholeSteps()
 
     def step(self, engine, lane, seq, t0_ns, t1_ns, devices, **work):
         assert (engine, lane, devices) == (ENGINE, 3, ("GPU-0",))
@@ -58,7 +58,7 @@ class Loop:
     @property
     def work(self):
         """All steps as whole work: id, prefill, decode, context."""
-        whole = engines.Lane()
+        whole = WholeSteps()
         return [
             sorted(tuple(row) for row in whole.advance(w["decode"], w["prefill"], (), w["joined"], w["left"]))
             for _, _, w in self.steps

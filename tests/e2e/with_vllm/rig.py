@@ -28,9 +28,19 @@ from melodi_otel.testing.telemetry import OtlpReceiver
 PACKAGE = "intel-rapl:0"
 NAME = "tiny"
 """What servers call the model."""
-FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
-"""Of every server; a later flag of the same name overrides."""
-ENGINE = {"max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "distributed_executor_backend": "uni"}
+FLAGS = ("--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager", "--dtype", "float32")
+"""Of every server; a later flag of the same name overrides.
+
+Single precision, because with bfloat16 vLLM uses a processor's matrix tiles (AMX) where it says that it has some, and in a
+virtual machine that does not give them to every thread its worker dies of an illegal instruction now and then.
+"""
+ENGINE = {
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    "dtype": "float32",
+}
 """Arguments of ``LLM`` for an engine in the program's own process (together with ``IN_PROCESS``)."""
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 START_S = 400.0
