@@ -61,6 +61,10 @@ class Arrivals:
         # Where deltas are lost the client resends its set, and what ran in the gap is seen as slices.
         state.gaps += not run.follow(seq)
         t0_ns, t1_ns = self._placed(state, run, t0_ns, t1_ns)
+        if not (joined or left or prefill or computed) and self._goes_on(
+            state, run, t0_ns, t1_ns, devices, decode.n > 0
+        ):
+            return
         for name in left:
             run.leave(name)
         if run.ended:
@@ -125,6 +129,28 @@ class Arrivals:
             joined += _over(run, t0_ns)
         new = self._join(state, run, joined, t0_ns) if joined else []
         self._add(state, run, t0_ns, t1_ns, devices, rows, new, stay > 0 or bool(joined))
+
+    def _goes_on(
+        self, state: EngineState, run: Lane, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, computes: bool
+    ) -> bool:
+        """Take a step of the set as it was in the step before; False: something is new, and has to be looked at."""
+        if (
+            not computes
+            or run.changes
+            or run.ended
+            or run.last
+            or run.named is None
+            or not (
+                run.named == state.devices if devices is None else devices == run.given and run.named == run.given_named
+            )
+            or state.facts.routed is not None
+            or state.evidence != "steps"
+        ):
+            return False
+        step = Step(state.id, run, t0_ns, t1_ns, (), (), True, 0.0)
+        if step.participants:
+            self._tell(step, run, run.named)
+        return True
 
     def _placed(self, state: EngineState, run: Lane, t0_ns: int, t1_ns: int) -> tuple[int, int]:
         """From when to when a step ran, behind the one before."""

@@ -43,18 +43,25 @@ _BUSY: Final = 0.2
 _RECENT: Final = 101
 
 
-def nnls(gram: Array, moment: Array) -> Array:
+def nnls(gram: Array, moment: Array, near: Array | None = None) -> Array:
     """The non-negative x that minimises ``x'Gx/2 - h'x`` (active set method of Lawson and Hanson, 1974, on normal equations).
 
     Args:
         gram: G, symmetric and positive definite, n x n.
         moment: h, n.
+        near: a solution of something similar: the search begins with what is above 0 in it, which is most often right.
     """
     import numpy as np
 
     n = len(moment)
     x = np.zeros(n)
     free = np.zeros(n, dtype=bool)
+    if near is not None and len(near) == n and (near > 0.0).any():
+        index = np.flatnonzero(near > 0.0)
+        trial = np.linalg.solve(gram[np.ix_(index, index)], moment[index])
+        if (trial > 0.0).all():
+            free[index] = True
+            x[index] = trial
     tolerance = 1e-10 * max(1e-300, float(np.abs(moment).max(initial=0.0)))
     for _ in range(3 * n):
         slope = moment - gram @ x
@@ -89,6 +96,7 @@ class Durations:
         self._seconds: list[float] = []
         self._gram: Array | None = None
         self._moment: Array | None = None
+        self._last: Array | None = None
 
     def add(self, x: Features, seconds: float) -> None:
         """A step with these features took so long."""
@@ -116,7 +124,9 @@ class Durations:
         assert self._gram is not None
         assert self._moment is not None
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
-        return nnls(self._gram / np.outer(scale, scale) + _RIDGE * np.eye(WIDTH), self._moment / scale) / scale
+        gram = self._gram / np.outer(scale, scale) + _RIDGE * np.eye(WIDTH)
+        self._last = nnls(gram, self._moment / scale, self._last)
+        return self._last / scale
 
 
 class Fit:
@@ -140,6 +150,7 @@ class Fit:
         self._sizes: deque[float] = deque(maxlen=_RECENT)
         self._errors: deque[float] = deque(maxlen=_RECENT)
         self._thetas: dict[EngineId, Theta] = {}
+        self._last: Array | None = None
         self._since_s = 0.0
 
     @property
@@ -228,7 +239,7 @@ class Fit:
             self._begin_row()
 
     def due(self) -> bool:
-        """Whether new rows are worth solving for: often in the beginning, then every 2 s."""
+        """Whether new rows are worth solving for: often in the beginning, at last every 2 s."""
         return self._since_s >= (2.0 if self.rows > 50 else 0.4)
 
     def solve(self, roofline: Callable[[EngineId], Theta]) -> None:
@@ -256,7 +267,8 @@ class Fit:
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
         seen = self._gram.diagonal() > 0.0
         gram = self._gram / np.outer(scale, scale) + (pull + _RIDGE) * np.eye(size)
-        found = nnls(gram, self._moment / scale + pull * guess * scale) / scale
+        self._last = nnls(gram, self._moment / scale + pull * guess * scale, self._last)
+        found = self._last / scale
         found = np.where(seen, found, guess)
         if not np.isfinite(found).all():
             self.start_over()  # figures that no engine has
@@ -286,10 +298,11 @@ class Fit:
             if engine not in self._blocks:
                 self._blocks[engine] = WIDTH * len(self._blocks)
         size = WIDTH * len(self._blocks)
-        gram, moment = np.zeros((size, size)), np.zeros(size)
-        if self._gram is not None and self._moment is not None:
-            before = len(self._moment)
-            gram[:before, :before], moment[:before] = self._gram, self._moment
+        if self._gram is None or self._moment is None:
+            self._gram, self._moment = np.zeros((size, size)), np.zeros(size)
+        elif len(self._moment) < size:
+            more = size - len(self._moment)
+            self._gram, self._moment = np.pad(self._gram, (0, more)), np.pad(self._moment, (0, more))
         x = np.zeros(size)
         for engine, values in self._row.items():
             start = self._blocks[engine]
@@ -299,8 +312,10 @@ class Fit:
         weight = 1.0 / max(abs(self._row_joules), floor, 1e-9)
         keep = 0.5 ** (self._row_s / HALF_LIFE_S)
         x *= weight
-        self._gram = keep * gram + np.outer(x, x)
-        self._moment = keep * moment + x * (weight * self._row_joules)
+        self._gram *= keep
+        self._gram += x[:, None] * x
+        self._moment *= keep
+        self._moment += x * (weight * self._row_joules)
         self.rows += 1
 
     def _begin_row(self) -> None:

@@ -243,7 +243,21 @@ class IntervalCloser:
         cells: list[Cell] = []
         unsaid: dict[int, list[Change]] = {}
         thetas: dict[EngineId, Theta] = {}
+        runs: dict[int, tuple[Cell, Pack, Step]] = {}
         for step in account.steps_in(interval):
+            run = runs.get(id(step.lane))
+            if run is not None and step.t1_ns <= t1 and step.goes_on(run[2]):
+                # The same set one tick on, as nearly all steps are: one cell for all of them.
+                held = did[step.engine]
+                for k, value in enumerate(step.x):
+                    held[k] += value
+                cell, pack, _ = run
+                cell.t1_ns = step.t1_ns
+                pack.tick += (step.tick - pack.tick) / (cell.part + 1.0)
+                pack.contexts += (step.contexts - pack.contexts) / (cell.part + 1.0)
+                cell.part += 1.0
+                runs[id(step.lane)] = (cell, pack, step)
+                continue
             part = step.part(t0, t1)
             at = id(step.lane)
             if part <= 0.0 or not step.participants:
@@ -264,7 +278,12 @@ class IntervalCloser:
             else:
                 for k, value in enumerate(step.x):
                     held[k] += part * value
-            cells.append(_cell(account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part))
+            cell = _cell(account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part)
+            cells.append(cell)
+            if not rows and cell.pack is not None:
+                runs[at] = (cell, cell.pack, step)
+            elif runs:
+                runs.pop(at, None)
         return cells
 
     def _theta(self, account: Account, engine: EngineId) -> Theta:

@@ -7,6 +7,7 @@ the lowest point of a parabola through the best three.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -20,6 +21,8 @@ LATEST_MS: Final = 300
 LATEST_SELDOM_MS: Final = 1000
 """The same where it is read every half second at most."""
 KEPT_S: Final = 60.0
+_ROW: Final = 3 + len(Features._fields)
+"""Numbers of a step: begin, end, its engine's, features."""
 _INTERVALS: Final = 40
 """Intervals that are needed at least."""
 _EXPLAINED: Final = 0.5
@@ -34,7 +37,10 @@ class Lag:
     def __init__(self) -> None:
         self.ns = 0
         self.known = False
-        self._steps: deque[tuple[int, int, EngineId, Features]] = deque()
+        # Rows of numbers, from an origin near to them so that nanoseconds are whole.
+        self._steps = array("d")
+        self._origin_ns = 0
+        self._engines: dict[EngineId, float] = {}
         self._intervals: deque[tuple[int, int, float]] = deque()
         self._next_s = 8.0
         self._pause_s = 4.0
@@ -42,7 +48,12 @@ class Lag:
 
     def step(self, t0_ns: int, t1_ns: int, engine: EngineId, x: Features) -> None:
         """A step."""
-        self._steps.append((t0_ns, t1_ns, engine, x))
+        if not self._steps:
+            self._origin_ns = t0_ns
+        number = self._engines.get(engine)
+        if number is None:
+            number = self._engines[engine] = float(len(self._engines))
+        self._steps.extend((t0_ns - self._origin_ns, t1_ns - self._origin_ns, number, *x))
 
     def interval(self, t0_ns: int, t1_ns: int, joules: float) -> bool:
         """An interval, as placed by the present delay, with ``joules`` above idle; whether it is time to look again."""
@@ -50,14 +61,12 @@ class Lag:
         old = t1_ns - round(KEPT_S * 1e9)
         while self._intervals[0][1] < old:
             self._intervals.popleft()
-        while self._steps and self._steps[0][1] < old:
-            self._steps.popleft()
         self._seen_s += (t1_ns - t0_ns) / 1e9
         return self._seen_s >= self._next_s
 
     def skip(self) -> None:
         """What was kept does not go together: begin anew."""
-        self._steps.clear()
+        self._forget()
         self._intervals.clear()
 
     def look(self, theta: Callable[[EngineId], Theta]) -> None:
@@ -67,28 +76,27 @@ class Lag:
         # Where nothing was found there is perhaps nothing to be found: an even load shows no delay.
         self._pause_s = 60.0 if self.known and self._seen_s > 60.0 else min(60.0, 1.5 * self._pause_s)
         self._next_s = self._seen_s + self._pause_s
-        if len(self._intervals) < _INTERVALS or len(self._steps) < _INTERVALS:
+        self._forget(self._intervals[0][0] if self._intervals else None)
+        if len(self._intervals) < _INTERVALS or len(self._steps) < _INTERVALS * _ROW:
             return
-        times = np.array([step[:2] for step in self._steps], dtype=np.float64)
-        work = np.array([step[3] for step in self._steps], dtype=np.float64)
-        engines = [step[2] for step in self._steps]
-        prices = {engine: np.array(theta(engine)) for engine in set(engines)}
-        joules = (
-            work @ prices[engines[0]]
-            if len(prices) == 1
-            else np.einsum("ij,ij->i", work, np.array([prices[engine] for engine in engines]))
-        )
-        origin = times[:, 0].min()
+        steps = np.frombuffer(self._steps).reshape(-1, _ROW).copy()
+        joules = np.zeros(len(steps))
+        for engine, number in self._engines.items():
+            mine = steps[:, 2] == number
+            if mine.any():  # one that is gone has no price
+                joules[mine] = steps[mine, 3:] @ np.array(theta(engine))
+        origin = float(steps[:, 0].min())
         # Work over time: steps of several lanes may overlap, so power is added up at their edges.
-        t0, t1 = times[:, 0] - origin, times[:, 1] - origin
+        t0, t1 = steps[:, 0] - origin, steps[:, 1] - origin
         watts = joules / np.maximum(t1 - t0, 1.0)
         edges = np.concatenate([t0, t1])
         change = np.concatenate([watts, -watts])
         order = np.argsort(edges, kind="stable")
         edges, power = edges[order], np.cumsum(change[order])
         total = np.concatenate([[0.0], np.cumsum(power[:-1] * np.diff(edges))])
-        intervals = np.array(self._intervals)
-        begin, end, measured = intervals[:, 0] - origin, intervals[:, 1] - origin, intervals[:, 2]
+        origin += self._origin_ns
+        begin, end, measured = (np.array(column) for column in zip(*self._intervals, strict=True))
+        begin, end = begin - origin, end - origin
         # A meter is read seldom while nobody works; how often it can be read is said by its shortest intervals.
         seldom = float(np.percentile(end - begin, 10)) >= 0.5e9
         stride = 2 * STEP_MS if seldom else STEP_MS
@@ -98,8 +106,8 @@ class Lag:
         if int(inside.sum()) < _INTERVALS:
             return
         begin, end, measured = begin[inside], end[inside], measured[inside]
-        # Power, and not joules: those of a long interval are more whatever is done in it. Each counts by its length, for a reading's
-        # grain is much power in a short one.
+        # Power, and not joules: those of a long interval are more whatever is done in it. Each counts by its length, for a
+        # reading's grain is much power in a short one.
         lengths = end - begin
         counts = lengths / lengths.sum()
 
@@ -126,3 +134,16 @@ class Lag:
         before, here, after = rests[at - 1 : at + 2]
         bend = before - 2.0 * here + after
         self.ns = round(1e6 * (grid[at] + (stride * 0.5 * (before - after) / bend if bend > 0.0 else 0.0)))
+
+    def _forget(self, before_ns: int | None = None) -> None:
+        """Steps that ended before this time, or all."""
+        import numpy as np
+
+        if before_ns is None:
+            del self._steps[:]
+            self._engines.clear()
+            return
+        ends = np.frombuffer(self._steps)[1::_ROW] if self._steps else np.empty(0)
+        old = int(np.searchsorted(np.maximum.accumulate(ends), float(before_ns - self._origin_ns)))
+        del ends
+        del self._steps[: old * _ROW]

@@ -133,6 +133,17 @@ class Step:
             step.only, step.rows = None, ()
         return step
 
+    def goes_on(self, before: Step) -> bool:
+        """Whether this is what ``before`` was, a step of the set alone, with nobody else and without a break."""
+        return (
+            self.t0_ns == before.t1_ns
+            and not self.rows
+            and not self.changes
+            and self.members == before.members > 0
+            and self.t1_ns > self.t0_ns
+            and self.number == before.number + 1
+        )
+
     def part(self, t0_ns: int, t1_ns: int) -> float:
         """How much of it lies in [t0, t1], 0..1."""
         length = self.t1_ns - self.t0_ns

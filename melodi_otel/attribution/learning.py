@@ -166,9 +166,11 @@ class Learner:
         (``trusted``); ``roofline`` gives weights without a fit.
         """
         fit = self.fit
+        time, place = fit.step, self.lag.step
         for step in steps:
-            fit.step(step.engine, step.x, (step.t1_ns - step.t0_ns) / 1e9)
-            self.lag.step(step.t0_ns, step.t1_ns, step.engine, step.x)
+            engine, x, since_ns, until_ns = step.engine, step.x, step.t0_ns, step.t1_ns
+            time(engine, x, (until_ns - since_ns) / 1e9)
+            place(since_ns, until_ns, engine, x)
         if work:
             fit.add(work, dynamic, (t1_ns - t0_ns) / 1e9, busy, trusted=trusted)
             if fit.due() and trusted:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -51,7 +52,7 @@ class Pack:
         members: its sequences; ``heads``: different requests among them that stand in no row, ``only``: the one, where there
             is one.
         each: weight of every member apart from its context; ``per_context``: weight of a token of context.
-        tick: contexts are offset + tick; ``contexts``: their sum.
+        tick: contexts are offset + tick; ``contexts``: their sum. Of several steps: the mean of each.
     """
 
     clock: Clock
@@ -62,8 +63,8 @@ class Pack:
     only: Activity | None
     each: float
     per_context: float
-    tick: int
-    contexts: int
+    tick: float
+    contexts: float
 
     @property
     def weight(self) -> float:
@@ -79,7 +80,7 @@ class Cell:
         t0_ns, t1_ns: from when to when.
         tier: how it is known.
         rows: who, with weights; never changed here.
-        part: the part of the weights that is in this cell (0..1).
+        part: the part of the weights that is in this cell (0..1); of several steps in one: the sum of their parts.
         pack: the decode set beside the rows.
         engine: whose step it is; None: that of the rows' requests.
         alone: whether at no time another request ran beside.
@@ -174,12 +175,18 @@ def divide(t0_ns: int, t1_ns: int, static_joules: float, pools: Sequence[Pool]) 
     return out
 
 
+_begin = operator.attrgetter("t0_ns")
+
+
 def unworked_part(t0_ns: int, t1_ns: int, cells: Sequence[Cell]) -> float:
     """The part of [t0, t1] in which nothing runs, 0..1; 0 where there is no cell of any length."""
     covered, until = 0, t0_ns
-    for start, stop in sorted({(cell.t0_ns, cell.t1_ns) for cell in cells}):
-        covered += max(0, stop - max(start, until))
-        until = max(until, stop)
+    # Cells mostly come in order already.
+    for cell in sorted(cells, key=_begin):
+        stop = cell.t1_ns
+        if stop > until:
+            covered += stop - max(cell.t0_ns, until)
+            until = stop
     return 1.0 - covered / (t1_ns - t0_ns) if covered else 0.0
 
 
