@@ -20,6 +20,7 @@ from melodi_otel.timeline.timeline import Interval, Timeline
 
 TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
+_USUAL_S: Final = 30.0
 STUCK_S: Final = 3.0
 """A counter of a device with idle power that does not move for longer than this is stuck."""
 RETURN_NS: Final = 5_000_000_000
@@ -45,9 +46,10 @@ class Account:
         self.learn_from_ns: int | None = None
         self.lost: list[Interval] = []
         self.leavings = Leavings()
-        self.learner = Learner()
+        self.learner = Learner(device.window_s or 0.0)
         self.interval_s = device.period_s or 0.1
         self._still_s = 0.0
+        self._static = self._all = 0.0
         self.measured = 0.0
         self.settled = 0.0
         self.residual = 0.0
@@ -78,6 +80,12 @@ class Account:
         """Put ``joules`` down as some requests'."""
         if joules != 0.0:
             self.attributed[at] = self.attributed.get(at, 0.0) + joules
+
+    def shared(self, static: float, dynamic: float, seconds: float) -> None:
+        """J of requests in an interval: how much of all is idle energy, within the last half minute or so."""
+        keep = 0.5 ** (seconds / _USUAL_S)
+        self._static = keep * self._static + static
+        self._all = keep * self._all + static + dynamic
 
     def withdraw(self, accrual: Accrual) -> None:
         """What a request has accrued here is for nobody to see on a span: it counts as ``unavailable`` from now on."""
@@ -131,12 +139,25 @@ class Account:
             self.learner.rough,
             self._delayed(),
             self.learner.state(),
+            self._idle_part(),
         )
 
     def known(self) -> Known:
         """What shares are told of it."""
         watts, process = self.baseline.watts, bool(self.cpu.series)
-        return Known(self.device, watts, self.interval_s, self.gone, process, self.learner.rough, self._delayed())
+        return Known(
+            self.device,
+            watts,
+            self.interval_s,
+            self.gone,
+            process,
+            self.learner.rough,
+            self._delayed(),
+            self._idle_part(),
+        )
+
+    def _idle_part(self) -> float | None:
+        return self._static / self._all if self._all > 0.0 else None
 
     def _delayed(self) -> bool:
         # Only costs of steps tell a delay; where there are none nobody looks for it.

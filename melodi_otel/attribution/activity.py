@@ -38,6 +38,7 @@ class Accrual:
         "spread",
         "static",
         "tiers",
+        "tilt",
         "unbased",
         "unfit",
         "unsplit",
@@ -52,6 +53,9 @@ class Accrual:
         self.shared: dict[Tier, float] = {}
         # The same, each times the relative error of the weights it was divided by: 1 sigma of it, in J.
         self.spread = 0.0
+        # What is wrong by how prompts are priced against decoded tokens, 1 sigma in J: above 0 has more of prompts than the
+        # others beside it, and what it wins in one interval it loses in another.
+        self.tilt = 0.0
         # Joules of intervals that the fitted costs do not describe well.
         self.unfit = 0.0
         self.tiers: dict[Tier, float] = {}
@@ -84,6 +88,7 @@ class Accrual:
         self.intervals += other.intervals
         self.interval_ns += other.interval_ns
         self.spread += other.spread
+        self.tilt += other.tilt
         self.unfit += other.unfit
         self.foreign |= other.foreign
         self.unbased |= other.unbased

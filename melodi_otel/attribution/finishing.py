@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Final
@@ -134,6 +135,7 @@ def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
         activity.reason,
         known.spread,
         known.unfit,
+        known.tilt,
     )
 
 
@@ -152,12 +154,15 @@ def made(it: SoFar, known: Known) -> Share:
         joules=joules,
         static=it.static,
         shared=it.shared,
-        spread=it.spread,
+        spread=math.hypot(it.spread, it.tilt),
         duration_s=(it.busy_ns or max(1, length_ns)) / 1e9,
         interval_s=it.interval_ns / it.intervals / 1e9 if it.intervals else known.interval_s,
         idle_watts=known.idle_watts,
         source=known.device.relative_uncertainty,
         delayed=known.delayed,
+        idle_part=known.idle_part,
+        others=it.company_ns / it.busy_ns - 1.0 if it.busy_ns else None,
+        alone=it.tiers.get("exclusive", 0.0) / joules if joules > 0.0 else 0.0,
         rough=known.rough if set(it.tiers) <= _SHAPED else None,
     )
     method = _method(it)

@@ -36,8 +36,16 @@ ENOUGH_STEPS: Final = 30
 """Steps after which durations are a better prior than the roofline."""
 ROW_S: Final = 0.2
 """Intervals are merged to rows of this length at least: borders of steps weigh less in them."""
+WANDER_ROWS: Final = 200
+"""Half-life of what is known of how errors last."""
+LASTS: Final = 0.8
+ALIKE_AT_MOST: Final = 0.98
+"""Correlation of neighbouring rows' errors above which they are a wandering gain; below, they are what a linear cost cannot
+describe, which is no worse fitted as it is."""
 _ENGINES: Final = 8
 """Engines on one device that are fitted together."""
+_OUTLIER: Final = 1.5
+"""Measured over predicted joules from which on a row is no usual one."""
 _RIDGE: Final = 1e-9
 _BUSY: Final = 0.2
 _RECENT: Final = 101
@@ -129,6 +137,31 @@ class Durations:
         return self._last / scale
 
 
+class Wander:
+    """Whether what is left unexplained lasts from one row to the next.
+
+    Attributes:
+        alike: correlation of neighbours, 0..1; 0 until it is known.
+    """
+
+    def __init__(self) -> None:
+        self.alike = 0.0
+        self._last = 0.0
+        self._rows = 0
+        self._squares = self._products = 0.0
+
+    def add(self, ratio: float) -> None:
+        """Measured over predicted joules of the newest row."""
+        residual = max(-0.5, min(0.5, ratio - 1.0))
+        self._rows += 1
+        keep = 0.5 ** (1.0 / WANDER_ROWS)
+        self._squares = keep * self._squares + residual * residual
+        self._products = keep * self._products + residual * self._last
+        self._last = residual
+        if self._rows >= WANDER_ROWS // 4 and self._squares > 0.0:
+            self.alike = max(0.0, min(ALIKE_AT_MOST, self._products / self._squares))
+
+
 class Fit:
     """Costs on one device.
 
@@ -151,12 +184,19 @@ class Fit:
         self._errors: deque[float] = deque(maxlen=_RECENT)
         self._thetas: dict[EngineId, Theta] = {}
         self._last: Array | None = None
+        self._before: tuple[Array, float] | None = None
+        self._wander = Wander()
         self._since_s = 0.0
 
     @property
     def holds(self) -> bool:
         """Whether it predicts joules."""
         return self.rows >= ENOUGH_ROWS and bool(self._thetas)
+
+    @property
+    def wanders(self) -> bool:
+        """Whether what it leaves unexplained is most of all a gain that wanders."""
+        return self._wander.alike > LASTS
 
     def theta(self, engine: EngineId) -> Theta | None:
         """What a step of ``engine`` costs; None: use weights without a fit."""
@@ -219,6 +259,7 @@ class Fit:
         Not ``trusted``: something unknown took part; the row that it is in teaches nothing.
         """
         if not trusted:
+            self._before = None
             self._begin_row()
             return
         expected = self.predicted(work)
@@ -236,11 +277,13 @@ class Fit:
         if self._row_s >= ROW_S - 1e-6:
             if self._row_busy_s > _BUSY * self._row_s:
                 self._take()
+            else:
+                self._before = None
             self._begin_row()
 
     def due(self) -> bool:
-        """Whether new rows are worth solving for: often in the beginning, at last every 2 s."""
-        return self._since_s >= (2.0 if self.rows > 50 else 0.4)
+        """Whether new rows are worth solving for: often in the beginning, at last every 4 s."""
+        return self._since_s >= (4.0 if self.rows > FADING_ROWS else 2.0 if self.rows > 50 else 0.4)
 
     def solve(self, roofline: Callable[[EngineId], Theta]) -> None:
         """Renew the coefficients; ``roofline``: weights without a fit, in any unit."""
@@ -286,6 +329,8 @@ class Fit:
         self._thetas.clear()
         self._errors.clear()
         self._sizes.clear()
+        self._before = None
+        self._wander = Wander()
         self._begin_row()
 
     def _take(self) -> None:
@@ -298,24 +343,40 @@ class Fit:
             if engine not in self._blocks:
                 self._blocks[engine] = WIDTH * len(self._blocks)
         size = WIDTH * len(self._blocks)
-        if self._gram is None or self._moment is None:
-            self._gram, self._moment = np.zeros((size, size)), np.zeros(size)
-        elif len(self._moment) < size:
-            more = size - len(self._moment)
-            self._gram, self._moment = np.pad(self._gram, (0, more)), np.pad(self._moment, (0, more))
+        gram, moment = self._gram, self._moment
+        if gram is None or moment is None:
+            gram, moment = np.zeros((size, size)), np.zeros(size)
+        elif len(moment) < size:
+            more = size - len(moment)
+            gram, moment = np.pad(gram, (0, more)), np.pad(moment, (0, more))
         x = np.zeros(size)
         for engine, values in self._row.items():
             start = self._blocks[engine]
             x[start : start + WIDTH] = values
         self._sizes.append(abs(self._row_joules))
         floor = 0.15 * sorted(self._sizes)[len(self._sizes) // 2]
-        weight = 1.0 / max(abs(self._row_joules), floor, 1e-9)
+        expected = self.predicted(self._row)
+        # By what was predicted, whose noise is none of this row's; a row that is far above it counts less.
+        size_of = abs(self._row_joules) if expected is None else max(expected, abs(self._row_joules) / _OUTLIER)
+        weight = 1.0 / max(size_of, floor, 1e-9)
         keep = 0.5 ** (self._row_s / HALF_LIFE_S)
         x *= weight
-        self._gram *= keep
-        self._gram += x[:, None] * x
-        self._moment *= keep
-        self._moment += x * (weight * self._row_joules)
+        y = weight * self._row_joules
+        row, joules = x, y
+        before, alike = self._before, self._wander.alike
+        if before is not None and alike > LASTS:
+            # Errors that last (a gain that wanders) are taken off with the row before (Cochrane and Orcutt, 1949): else the
+            # fit would take slow changes of the batch for their cause.
+            row, joules = x.copy(), y - alike * before[1]
+            row[: len(before[0])] -= alike * before[0]
+            spare = math.sqrt(1.0 - alike * alike)
+            row /= spare
+            joules /= spare
+        self._before = (x, y)
+        if expected is not None:
+            self._wander.add(self._row_joules / max(expected, 1e-9))
+        self._gram = keep * gram + row[:, None] * row
+        self._moment = keep * moment + row * joules
         self.rows += 1
 
     def _begin_row(self) -> None:

@@ -19,7 +19,7 @@ from melodi_otel.attribution.riding import Mode
 from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.settle import Cell, Given, Pack, Pool, Row, divide, unworked_part
 from melodi_otel.attribution.slices import slice_cells
-from melodi_otel.attribution.uncertainty import FITTED, PROMPT, STRUCTURE
+from melodi_otel.attribution.uncertainty import FEW_SLICES, FITTED, PROMPT_OF_SLICE, STRUCTURE
 from melodi_otel.attribution.weights import CostModel, EngineFacts, Features, Theta
 from melodi_otel.timeline.timeline import Interval
 
@@ -115,6 +115,7 @@ class IntervalCloser:
         for cell in cells:
             if cell.pack is not None:
                 cell.pack.clock.become(Mode(cell.tier, quality, based))
+                cell.pack.clock.error = _error(cell.tier, judged)
         shared = shared_static(self._policy, static)
         division = divide(t0, t1, shared, pools)
         idle_static = division.idle_static + (static - shared)
@@ -141,12 +142,12 @@ class IntervalCloser:
             )
         )
         _accrue(account, division.given, t1 - t0, based, foreign > 0.0, judged)
-        for clock, of_joules in division.clocks.items():
-            error = _error(clock.mode.tier, judged)
-            clock.close(of_joules, t1 - t0, error, foreign > 0.0, judged.unfit)
+        for clock, (of_joules, prompts) in division.clocks.items():
+            clock.close(of_joules, t1 - t0, foreign > 0.0, judged.unfit, prompts * judged.prompt)
         if fits:
             self._teach(account, interval, work, dynamic, busy, foreign == 0.0)
         if cells:
+            account.shared(shared - division.idle_static, dynamic - foreign, (t1 - t0) / 1e9)
             account.worked(max([cell.t1_ns for cell in cells]))
         elif not self.unseen.any_in(t0, t1):
             account.learn(interval, loading > 0.0, foreign if account.device.type == "gpu" else 0.0)
@@ -375,7 +376,7 @@ def _beside_steps(engine: EngineState, activity: Activity, t0: int, t1: int) -> 
 
 def _error(tier: Tier, judged: Judgement) -> float:
     """Relative 1 sigma of what weights of this tier divide."""
-    if judged.error is None or tier not in FITTED:
+    if judged.error is None or tier not in FITTED or (judged.mixture and tier == "slice"):
         return STRUCTURE[tier]
     return min(STRUCTURE[tier], max(judged.error, FITTED[tier]))
 
@@ -408,9 +409,11 @@ def _accrue(
             accrual.foreign = True
         accrual.tiers[tier] = accrual.tiers.get(tier, 0.0) + (prefill + decode + unsplit) + static
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + given.shared
-        # What a prompt's token costs against a decoded one is the least certain ratio of all.
         error = _error(tier, judged)
-        accrual.spread += (max(error, min(2.0 * error, PROMPT)) if prefill > decode else error) * given.shared
+        if tier == "slice" and given.busy_ns:
+            error *= 1.0 + FEW_SLICES / max(1.0, given.company_ns / given.busy_ns - 1.0)
+        accrual.spread += error * given.shared
+        accrual.tilt += (max(judged.prompt, PROMPT_OF_SLICE) if tier == "slice" else judged.prompt) * given.tilt
         unfit = judged.unfit and tier != "exclusive"
         if unfit:
             accrual.unfit += prefill + decode + unsplit + static

@@ -13,20 +13,25 @@ from melodi_otel.attribution.lag import Lag
 from melodi_otel.attribution.lanes import Step
 from melodi_otel.attribution.meter import EngineId
 from melodi_otel.attribution.state import Learnt
+from melodi_otel.attribution.uncertainty import PROMPT, PROMPT_OF_MIXTURE
 from melodi_otel.attribution.weights import Theta
 
 UNFIT: Final = 0.025
 """Lasting misfit above which the costs do not describe what runs (unknown experts, contention): figures are called estimated."""
-LEAST: Final = 0.006
+LEAST: Final = 0.004
 """Relative 1 sigma of what fitted weights divide, at least."""
-_WIDER: Final = 1.4
+_WIDER: Final = 1.3
 """What a request's share is off, in lasting misfits: the sum of all shares is right by construction, their ratios are not."""
 _UNKNOWN_EXPERTS: Final = 0.07
 """The same for a mixture of experts of which it is not known how many there are."""
-_MIXTURE: Final = 0.02
+_MIXTURE: Final = 0.012
 """The same for a mixture whose experts are known: tokens do not choose them independently of each other."""
 _SEVERAL: Final = 0.015
 """The same where several engines run: what one takes is what the others leave."""
+_WANDERING: Final = 0.012
+"""The same where the gain wanders: what is learnt of one minute fits the next less well."""
+_BLURRED: Final = 0.014
+"""The same where one reading averages over several intervals: who was there in which of them is told less apart."""
 _UNSURE: Final = 0.10
 """The same while few rows have been seen; it falls with their number."""
 _LIMIT: Final = 0.08
@@ -42,19 +47,23 @@ _ACCEPT_S: Final = 180.0
 
 @dataclass(slots=True)
 class Judgement:
-    """Of one interval: J of somebody unknown, the relative error of its weights (None: they are not fitted), and whether the
-    costs describe badly what runs.
+    """Of one interval: J of somebody unknown, the relative error of its weights (None: they are not fitted), whether the costs
+    describe badly what runs, the relative error of what prompts cost against decoded tokens, and whether somebody is a mixture
+    of experts.
     """
 
     foreign: float = 0.0
     error: float | None = None
     unfit: bool = False
+    prompt: float = 0.0
+    mixture: bool = False
 
 
 class Learner:
-    """State of one device."""
+    """State of one device whose readings average over ``window_s``."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = 0.0) -> None:
+        self._window_s = window_s
         self.fit = Fit()
         self.lag = Lag()
         self._ratios: deque[float] = deque(maxlen=301)
@@ -116,8 +125,17 @@ class Learner:
         misfit = fit.misfit
         lasting = self._lasting.value
         error = max(LEAST, _WIDER * lasting if lasting is not None else _UNSURE / 4.0)
-        error = max(error, _MIXTURE * mixture, _SEVERAL * (len(work) > 1), _UNKNOWN_EXPERTS * experts_unknown)
+        error = max(
+            error,
+            _BLURRED * (self._lasting.blur > 1),
+            _WANDERING * fit.wanders,
+            _MIXTURE * mixture,
+            _SEVERAL * (len(work) > 1),
+            _UNKNOWN_EXPERTS * experts_unknown,
+        )
         found = Judgement(error=error + _UNSURE / (1.0 + fit.rows / 8.0))
+        found.prompt = PROMPT_OF_MIXTURE if mixture or experts_unknown else PROMPT
+        found.mixture = mixture or experts_unknown
         found.unfit = experts_unknown
         if misfit is not None and fit.rows >= _CONVERGED:
             if lasting is not None:
@@ -126,6 +144,8 @@ class Learner:
             found.unfit |= self._unfit
             if busy > 0.5 and misfit <= _TRUSTED_MISFIT:
                 found.foreign = self._excess(dynamic, expected, seconds, misfit)
+        self._lasting.wanders = fit.wanders
+        self._lasting.blur = min(60, round(self._window_s / seconds)) if seconds > 0.0 else 0
         self._lasting.add(dynamic / expected - 1.0 if busy > 0.5 and not self._strange else None)
         return found
 
@@ -179,6 +199,11 @@ class Learner:
             self.lag.look(lambda engine: self.theta(engine, roofline(engine)))
 
 
+_DRIFT: Final = 100
+_WANDER: Final = 16
+"""Intervals over which a mean is a gain that all shares have alike: usually, and where it wanders."""
+
+
 class Lasting:
     """The part of the misfit that lasts from one interval to the next ones.
 
@@ -187,6 +212,8 @@ class Lasting:
     autocovariance), after what changes over many seconds (the drift of a gain, which all shares have alike) is taken off.
 
     Attributes:
+        blur: intervals that one reading averages over; what lasts no longer than that is the meter's.
+        wanders: whether the gain is known to wander.
         value: relative 1 sigma, with the part that the number of intervals cannot rule out; None: not known yet.
     """
 
@@ -194,6 +221,8 @@ class Lasting:
         self.value: float | None = None
         self._residuals: deque[float] = deque(maxlen=1500)
         self._new = 0
+        self.wanders = False
+        self.blur = 0
 
     def add(self, residual: float | None) -> None:
         """Measured over predicted joules of an interval, minus 1; None: it was hardly used."""
@@ -209,16 +238,16 @@ class Lasting:
         values = np.array(self._residuals)
         known = ~np.isnan(values)
         filled = np.where(known, values, 0.0)
-        window = np.ones(min(100, len(values)))
+        window = np.ones(min(_DRIFT if not self.wanders else _WANDER, len(values)))
         near = np.convolve(known, window, "same")
         rest = np.where(known, filled - np.convolve(filled, window, "same") / np.maximum(near, 1.0), 0.0)
         together, pairs = 0.0, 0
-        for apart in (2, 3, 4, 5):
+        for apart in range(2 + self.blur, 6 + self.blur):
             both = known[apart:] & known[:-apart]
             together += float(rest[apart:][both] @ rest[:-apart][both])
             pairs += int(both.sum())
         number = int(known.sum())
         if number < 30 or pairs < 100:
             return
-        noise = float(rest @ rest) / number / math.sqrt(pairs)
+        noise = float(rest @ rest) / number / math.sqrt(4.0 * pairs)
         self.value = math.sqrt(max(0.0, together / pairs) + noise)

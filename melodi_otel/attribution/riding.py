@@ -25,7 +25,9 @@ _SQUARES: Final = 9
 """Where Σ a²/E, Σ 2ab/E and Σ b²/E begin, E being the joules of an interval: what of its own part nobody shared."""
 _SPREAD: Final = 12
 """Where the same sums and those of a and b begin, times the relative error of the weights: what is uncertain of it."""
-_VALUES: Final = 17
+_TILT: Final = 17
+"""Where a and b stand times the part of prompts in what was divided, times the relative error of these's price."""
+_VALUES: Final = 19
 
 
 class Mode(NamedTuple):
@@ -62,12 +64,15 @@ class Mark:
 class Clock:
     """The clocks of one lane on one device.
 
+    Attributes:
+        error: relative 1 sigma of the weights of what runs next.
+
     Args:
         device: whose joules they count.
         attribute: books joules under (who, phase, quality) on the device's account.
     """
 
-    __slots__ = ("_a", "_attribute", "_b", "_groups", "device", "entered", "marks", "mode", "values")
+    __slots__ = ("_a", "_attribute", "_b", "_groups", "device", "entered", "error", "marks", "mode", "values")
 
     def __init__(self, device: str, attribute: Callable[[tuple[Who, Phase, str], float], None]) -> None:
         self.device = device
@@ -75,6 +80,7 @@ class Clock:
         self.marks: dict[Rider, Mark] = {}
         self.mode = Mode("step", "measured", True)
         self.entered = 0
+        self.error = 0.0
         self._attribute = attribute
         self._groups: dict[Who, Mark] = {}
         self._a = self._b = 0.0
@@ -137,6 +143,7 @@ class Clock:
         accrual.shared[tier] = accrual.shared.get(tier, 0.0) + max(0.0, decode - own)
         mine = m * m * d[_SPREAD + 2] + m * o * d[_SPREAD + 3] + o * o * d[_SPREAD + 4]
         accrual.spread += max(0.0, m * d[_SPREAD] + o * d[_SPREAD + 1] - mine)
+        accrual.tilt -= m * d[_TILT] + o * d[_TILT + 1]
         for phase, joules in _booked(based, decode, static):
             if joules == 0.0:
                 continue
@@ -184,11 +191,15 @@ class Clock:
         values[_STATIC] += static
         values[_BUSY] += length_ns
         values[_COMPANY] += company_ns
+        values[_SPREAD] += self.error * a
+        values[_SPREAD + 1] += self.error * b
         self._a += a
         self._b += b
 
-    def close(self, joules: float, length_ns: int, error: float, foreign: bool, unfit: bool) -> None:
-        """An interval is over in which ``joules`` were divided by weights of this relative ``error``."""
+    def close(self, joules: float, length_ns: int, foreign: bool, unfit: bool, tilt: float = 0.0) -> None:
+        """An interval is over in which ``joules`` were divided; ``tilt``: the part of prompts in them, times the error of their
+        price.
+        """
         a, b = self._a, self._b
         self._a = self._b = 0.0
         values = self.values
@@ -196,12 +207,12 @@ class Clock:
         values[_LENGTH] += length_ns
         values[_FOREIGN] += foreign
         values[_UNFIT] += unfit
+        values[_TILT] += tilt * a
+        values[_TILT + 1] += tilt * b
         squares = (a * a / joules, 2.0 * a * b / joules, b * b / joules) if joules > 0.0 else (0.0, 0.0, 0.0)
         for at, square in enumerate(squares):
             values[_SQUARES + at] += square
-            values[_SPREAD + 2 + at] += error * square
-        values[_SPREAD] += error * a
-        values[_SPREAD + 1] += error * b
+            values[_SPREAD + 2 + at] += self.error * square
         self.book()
 
     def book(self) -> None:

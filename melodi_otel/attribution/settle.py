@@ -114,7 +114,9 @@ class Cell:
 
 @dataclass(slots=True)
 class Given:
-    """What one activity gets from one interval, in J; ``shared``: dynamic J it shared with others."""
+    """What one activity gets from one interval, in J; ``shared``: dynamic J it shared with others, ``tilt``: J of
+    prompts that it has more than its part of them.
+    """
 
     activity: Activity
     tier: Tier
@@ -123,6 +125,7 @@ class Given:
     unsplit: float = 0.0
     static: float = 0.0
     shared: float = 0.0
+    tilt: float = 0.0
     busy_ns: int = 0
     company_ns: float = 0.0
 
@@ -137,12 +140,12 @@ class Pool:
 
 @dataclass(slots=True)
 class Division:
-    """The outcome: what each activity gets outside of decode sets, which clocks ran and the joules that they had a part of,
-    static J of instants at which nothing ran, dynamic J of pools without work.
+    """The outcome: what each activity gets outside of decode sets, which clocks ran, with (the joules that they had a part of,
+    the part of prompts in these), static J of instants at which nothing ran, dynamic J of pools without work.
     """
 
     given: list[Given] = field(default_factory=list[Given])
-    clocks: dict[Clock, float] = field(default_factory=dict[Clock, float])
+    clocks: dict[Clock, tuple[float, float]] = field(default_factory=dict[Clock, tuple[float, float]])
     idle_static: float = 0.0
     unclaimed: float = 0.0
 
@@ -163,10 +166,10 @@ def divide(t0_ns: int, t1_ns: int, static_joules: float, pools: Sequence[Pool]) 
         if not pool.cells:
             out.unclaimed += pool.joules
             continue
-        given, weights = _share_pool(pool)
+        given, weights, prompts = _share_pool(pool)
         for cell in pool.cells:
             if cell.pack is not None and cell.pack.members:
-                out.clocks[cell.pack.clock] = pool.joules
+                out.clocks[cell.pack.clock] = (pool.joules, prompts)
         if len(pools) > 1:
             given = _joined(known, given)
         out.given += given
@@ -275,8 +278,8 @@ def _static_in_turn(t0_ns: int, t1_ns: int, joules: float, cells: Sequence[Cell]
     return rate * (idle_ns + (t1_ns - last)) if cells else joules
 
 
-def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
-    """Who gets what of a pool (``shared`` is still open), and each one's part of its weight, 0..1."""
+def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float], float]:
+    """Who gets what of a pool (``shared`` is still open), each one's part of its weight, and that of prompts, 0..1."""
     out: list[Given] = []
     by_tier: dict[Tier, dict[Activity, Given]] = {}
     unknown: list[tuple[Cell, Row, Given]] = []
@@ -328,6 +331,7 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
         if cell.pack is not None:
             _run_clock(cell, cell.pack, per_weight, timed)
     weights: dict[Activity, float] = {}
+    prompts = sum([got.prefill for got in out]) / total
     for got in out:
         weight = (got.prefill + got.decode + got.unsplit) / total
         activity = got.activity
@@ -335,7 +339,9 @@ def _share_pool(pool: Pool) -> tuple[list[Given], dict[Activity, float]]:
         got.prefill *= per_weight
         got.decode *= per_weight
         got.unsplit *= per_weight
-    return out, weights
+        if prompts:
+            got.tilt = got.prefill - prompts * (got.prefill + got.decode + got.unsplit)
+    return out, weights, prompts
 
 
 def _run_clock(cell: Cell, pack: Pack, per_weight: float, timed: bool) -> None:
@@ -409,6 +415,7 @@ def _joined(known: dict[tuple[Activity, Tier], Given], given: Sequence[Given]) -
         before.decode += got.decode
         before.unsplit += got.unsplit
         before.static += got.static
+        before.tilt += got.tilt
         before.busy_ns += got.busy_ns
         before.company_ns += got.company_ns
     return new

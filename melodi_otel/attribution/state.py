@@ -67,6 +67,7 @@ class SoFar(NamedTuple):
         part: why this is a part of what the request used; None: it is all of it.
         spread: 1 sigma in J of what was divided, from the errors of the weights.
         unfit: J of intervals that the fitted costs do not describe well.
+        tilt: 1 sigma in J, signed, from how prompts are priced against decoded tokens.
     """
 
     key: Key
@@ -99,6 +100,7 @@ class SoFar(NamedTuple):
     part: Reason | None = None
     spread: float = 0.0
     unfit: float = 0.0
+    tilt: float = 0.0
 
 
 class Known(NamedTuple):
@@ -112,6 +114,7 @@ class Known(NamedTuple):
         process: the CPU time of processes says whose its joules are.
         rough: relative 1 sigma of an interval about what fitted costs predict for it; None: there are none.
         delayed: whether its meter may be late by an amount that is not known.
+        idle_part: how much of the joules of requests is idle energy, 0..1; None: not known.
     """
 
     device: Device
@@ -121,6 +124,7 @@ class Known(NamedTuple):
     process: bool
     rough: float | None = None
     delayed: bool = False
+    idle_part: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +161,7 @@ class DeviceState:
         idle_watts: idle power in W, given or learnt; None: not known.
         closed_ns: up to when the books are closed; None: nothing was read.
         reading: the last reading of its counter; None: it has none, or none was read.
-        interval_s, gone, process, rough, delayed: see :class:`Known`.
+        interval_s, gone, process, rough, delayed, idle_part: see :class:`Known`.
         learnt: None: nothing yet.
     """
 
@@ -178,11 +182,21 @@ class DeviceState:
     rough: float | None = None
     delayed: bool = False
     learnt: Learnt | None = None
+    idle_part: float | None = None
 
     @property
     def known(self) -> Known:
         """What shares are told of it."""
-        return Known(self.device, self.idle_watts, self.interval_s, self.gone, self.process, self.rough, self.delayed)
+        return Known(
+            self.device,
+            self.idle_watts,
+            self.interval_s,
+            self.gone,
+            self.process,
+            self.rough,
+            self.delayed,
+            self.idle_part,
+        )
 
 
 @dataclass(frozen=True, slots=True)

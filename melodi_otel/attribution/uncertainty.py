@@ -24,16 +24,26 @@ STRUCTURE: Final[Mapping[Tier, float]] = {
     "process": 0.10,
 }
 """Relative 1 sigma of shared energy by tier, with weights that are not fitted."""
-FITTED: Final[Mapping[Tier, float]] = {"exclusive": 0.0, "step": 0.0, "slice": 0.035}
+FITTED: Final[Mapping[Tier, float]] = {"exclusive": 0.0, "step": 0.0, "slice": 0.02}
 """Tiers whose weights are fitted, and the least relative 1 sigma of what they divide: token counts at each reading leave open
 when in between the work was done.
 """
-PROMPT: Final = 0.03
-"""Relative 1 sigma of what prompts get beside others: twice that of a decoded token's, at most so much for it."""
+PROMPT: Final = 0.10
+"""Relative 1 sigma of what a prompt's token costs against a decoded one, the least certain ratio of all: the two use a device
+in other ways (arithmetic, memory), and one that is busy with both takes less than the sum.
+"""
+PROMPT_OF_SLICE: Final = 0.40
+"""The same of slices: how much of a prompt was computed between two readings is a guess."""
+PROMPT_OF_MIXTURE: Final = 0.30
+"""The same for a mixture of experts."""
 _IDLE: Final = 0.03
 _TAIL: Final = 0.25
 _TAIL_S: Final = 0.25
 """Most of what follows the work has been drawn within this time."""
+_FEW: Final = 0.7
+"""With one other request beside it, a share is off by so much more than among many, whose errors are on both sides."""
+FEW_SLICES: Final = 1.2
+"""The same of slices, beside it."""
 _JITTER_S: Final = 0.004
 DELAY_S: Final = 0.03
 """Delay of a meter that nothing is known of, 1 sigma: counters of boards show 15 to 50 ms, a filter of the board included."""
@@ -51,13 +61,17 @@ def share_sigma(
     source: float,
     rough: float | None = None,
     delayed: bool = False,
+    idle_part: float | None = None,
+    alone: float = 0.0,
+    others: float | None = None,
 ) -> float:
     """1 sigma of a share in J.
 
     Args:
         joules, static: the share and its idle part.
         shared: dynamic joules divided with others, by tier.
-        spread: the same, each times the relative error of the weights that divided it.
+        spread: the same, each times the relative error of the weights that divided it; what is wrong by the price of prompts
+            beside it.
         duration_s: time on the device.
         interval_s: mean length of the sensor intervals it lived in.
         idle_watts: the device's idle power, None where unknown.
@@ -65,20 +79,26 @@ def share_sigma(
         rough: relative 1 sigma of an interval about the joules that are predicted for it, where they are: the border lies where
             the prediction puts it; None: power is taken as constant up to one step in the interval.
         delayed: the meter may be late by an amount that has not been found yet.
+        idle_part: how much of the joules of all is idle energy; None: not known.
+        alone: how much of its own is of times at which it was alone, 0..1: only then can a tail follow it.
+        others: mean number of requests beside it; None: not known.
     """
     if joules <= 0.0:
         return 0.0
+    if others is not None:
+        spread *= 1.0 + _FEW / max(1.0, others)
     together = math.fsum(shared.values())
     dynamic = joules - static
     mixed = min(1.0, together / dynamic) if dynamic > 0.0 else 1.0
-    idle = _IDLE * static * mixed
+    # Idle power that is too high takes from the dynamic part of the same requests: only who differs from the others is wrong.
+    idle = _IDLE * mixed * (static if idle_part is None else abs(static - idle_part * joules))
     watts = joules / duration_s if duration_s > 0.0 else 0.0
     step = watts * interval_s * (1.0 / math.sqrt(90.0) if rough is None else min(1.0 / math.sqrt(90.0), rough))
     jitter = watts * _JITTER_S
     if idle_watts is None:
         border = math.sqrt(2.0 * step**2 + 2.0 * jitter**2)
     else:
-        tail = _TAIL * idle_watts * min(interval_s, _TAIL_S) * (1.0 - mixed)
+        tail = _TAIL * idle_watts * min(interval_s, _TAIL_S) * alone
         border = math.sqrt(2.0 * (step * mixed) ** 2 + 2.0 * (jitter * mixed) ** 2 + tail**2)
     # A request cannot be wrong by more at its borders than what two border intervals hold.
     border = min(border, 2.0 * watts * interval_s, joules)

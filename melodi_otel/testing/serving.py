@@ -69,6 +69,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         _TWO,
         _FIVE,
         _at("load 8", 8.0),
+        Scenario("load 8, long answers", (Load(8.0, LLAMA_8B, output=Lengths(520.0, 0.7, 3000)),)),
         replace(_FIVE, name="cold start", seconds=45.0),
         replace(_FIVE, name="drift", gain=0.15, gain_s=30.0),
         replace(_FIVE, name="cap", chip=Chip(limit_watts=270.0)),

@@ -122,7 +122,7 @@ def read(board: Board, sensor: Sensor, rng: np.random.Generator) -> list[Sample]
     moves = moves[moves > sensor.delay_s + (sensor.window_s or 0.0)]
     if sensor.kind == "counter":
         shown = np.floor((4321.0 + board.energy(moves - sensor.delay_s)) * 1e3) / 1e3
-        for at in rng.uniform(0.3, 0.9, sensor.resets) * board.seconds:
+        for at in np.sort(rng.uniform(0.3, 0.9, sensor.resets)) * board.seconds:
             after = int(np.searchsorted(moves, float(at)))
             shown[after:] -= shown[after]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -147,3 +148,31 @@ def test_sums_of_another_form_are_left_out() -> None:
     fit.resume([A], [1.0] * 48, [1.0] * 7, 50)
     fit.resume([A], [float("nan")] * 49, [1.0] * 7, 50)
     assert (fit.rows, fit.state()) == (0, None)
+
+
+def test_a_gain_that_wanders_is_not_taken_for_the_batch() -> None:
+    """The gain goes up by half while the batch grows, slowly, and back: a large step costs as many small ones as it does."""
+    chance, fit = random.Random(3), Fit()
+    small, large = Features(1.0, 2.0, 0.0, 2e3), Features(1.0, 40.0, 0.0, 4e4)
+    for row in range(900):
+        slow = 0.5 - 0.5 * math.cos(row / 60.0)
+        n = 2.0 + 30.0 * slow + chance.uniform(0.0, 8.0)
+        x = Features(10.0, 10.0 * n, 0.0, 1e4 * n)
+        gain = (1.0 + 0.5 * slow) * (1.0 + chance.gauss(0.0, 0.01))
+        fit.add({A: x}, gain * price(TRUE, x), 0.2, 1.0)
+        if fit.due():
+            fit.solve(lambda _: Roofline().theta(EngineFacts()))
+    theta = fit.theta(A)
+    assert theta is not None
+    assert fit.wanders
+    assert price(theta, large) / price(theta, small) == pytest.approx(price(TRUE, large) / price(TRUE, small), rel=0.06)
+
+
+def test_noise_is_no_wandering_gain() -> None:
+    chance, fit = random.Random(4), Fit()
+    for _ in range(400):
+        x = work(chance)
+        fit.add({A: x}, price(TRUE, x) * (1.0 + chance.gauss(0.0, 0.1)), 0.2, 1.0)
+        if fit.due():
+            fit.solve(lambda _: Roofline().theta(EngineFacts()))
+    assert not fit.wanders
