@@ -5,9 +5,10 @@
 #   make check      lint, format, types, house plan and unit tests, without torch; under three minutes
 #   make test-all   also slow tests, the second versions of our dependencies, and the benches
 #   make accuracy   how right a request's joules are, on simulated servers
+#   make accuracy-peers  the same of Zeus and CodeCarbon by their own code, with a picture
 #   make format     let ruff write
 
-.PHONY: demo test check test-all test-slow test-second bench accuracy bench-vllm format docs clean
+.PHONY: demo test check test-all test-slow test-second bench accuracy accuracy-peers bench-vllm format docs clean
 
 ARGS ?=
 # The pure rooms: no engine, no real model, no server.
@@ -48,7 +49,7 @@ test-second:
 	@MELODI_VLLM_PYTHON=$(CURDIR)/.venv/vllm-second/bin/python \
 		.venv/test/bin/python -m pytest -m "not slow and not gpu" tests/e2e/with_vllm
 
-bench: accuracy
+bench: accuracy accuracy-peers
 	@scripts/venv test torch
 	.venv/test/bin/python bench/cost.py
 	.venv/test/bin/python bench/vllm.py hook
@@ -58,6 +59,10 @@ bench: accuracy
 accuracy:
 	@scripts/venv check
 	.venv/check/bin/python bench/accuracy.py --out bench/results/accuracy
+
+accuracy-peers:
+	@scripts/venv rivals
+	.venv/rivals/bin/python bench/peers.py --out bench/results/accuracy --picture docs/accuracy_peers.png
 
 bench-vllm:
 	@scripts/venv test torch
@@ -74,4 +79,4 @@ docs:
 	.venv/docs/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs .venv/vllm .venv/vllm-second site dist
+	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs .venv/vllm .venv/vllm-second .venv/rivals site dist

@@ -425,6 +425,32 @@ int nvmlDeviceGetMaxClockInfo(void *handle, int kind, unsigned *out) {
 }
 #endif
 
+/* What other programs than an energy meter ask for before they read any energy. */
+#ifndef FAKE_WITHOUT_nvmlDeviceGetTemperature
+int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *out) {
+    BOARD("nvmlDeviceGetTemperature")
+    if (sensor) return INVALID_ARGUMENT;
+    *out = 50;
+    return OK;
+}
+#endif
+
+#ifndef FAKE_WITHOUT_nvmlDeviceGetEnforcedPowerLimit
+int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned *out) {
+    BOARD("nvmlDeviceGetEnforcedPowerLimit")
+    *out = 700000;
+    return OK;
+}
+#endif
+
+#ifndef FAKE_WITHOUT_nvmlDeviceGetComputeMode
+int nvmlDeviceGetComputeMode(void *handle, int *out) {
+    BOARD("nvmlDeviceGetComputeMode")
+    *out = 0;
+    return OK;
+}
+#endif
+
 /* ---- energy and power ----------------------------------------------------------------------------------------- */
 
 #ifndef FAKE_WITHOUT_nvmlDeviceGetTotalEnergyConsumption

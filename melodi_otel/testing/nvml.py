@@ -175,6 +175,12 @@ class FakeNvml:
         board.base_mj = 0
         board.reset_ns = self._time_ns()
 
+    def shows(self, gpu: int, joules: float) -> None:
+        """The energy counter of ``gpu`` stands at so many joules from now on, for boards whose readings are known beforehand."""
+        board = self._now().gpus[gpu]
+        board.base_mj = round(joules * 1000)
+        board.reset_ns = self._time_ns()
+
     def lose(self, gpu: int, *, lost: bool = True) -> None:
         """Board ``gpu`` falls off the bus: every call about it answers GPU_IS_LOST."""
         self._now().gpus[gpu].lost = int(lost)

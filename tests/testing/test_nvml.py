@@ -56,6 +56,18 @@ def test_joules_follow_the_script_of_watts(start: Open) -> None:
     assert api.nvmlDeviceGetTotalEnergyConsumption(handle) == 100_000 + 125_000 + 15_000
 
 
+def test_a_counter_shows_what_it_is_told_to(start: Open) -> None:
+    """For boards whose readings are known beforehand; it goes on from there."""
+    fake, api = start(FakeGpu(A, watts=0))
+    handle = api.nvmlDeviceGetHandleByIndex(0)
+    fake.advance(3.0)
+    fake.shows(0, 1234.567)
+    assert api.nvmlDeviceGetTotalEnergyConsumption(handle) == 1_234_567
+    fake.watts(0, 100.0)
+    fake.advance(1.0)
+    assert api.nvmlDeviceGetTotalEnergyConsumption(handle) == 1_334_567
+
+
 def test_a_delayed_counter_shows_the_past(start: Open) -> None:
     """With a delay of 0.2 s the counter lags by the joules of 0.2 s."""
     fake, api = start(FakeGpu(A, watts=100, delay_s=0.2))
