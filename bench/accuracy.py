@@ -144,7 +144,7 @@ def tier_rows(name: str, run: Simulated, method: str) -> list[Row]:
             off_total = engine_totals(run, shares)
             row.note = f"engines' totals off by {100.0 * off_total:.2f} %"
             row.missed += "" if off_total <= 0.01 or method != "step" else "totals "
-        if name == "moe unknown" and qualities.get("measured", 0) > 0.1 * len(errors):
+        if name in ("moe unknown", "contention") and qualities.get("measured", 0) > 0.1 * len(errors):
             row.missed += "quality "
         judge(row, name)
     return rows

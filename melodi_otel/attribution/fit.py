@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from melodi_otel.attribution.meter import EngineId
@@ -192,6 +192,11 @@ class Fit:
     def holds(self) -> bool:
         """Whether it predicts joules."""
         return self.rows >= ENOUGH_ROWS and bool(self._thetas)
+
+    @property
+    def engines(self) -> Collection[EngineId]:
+        """Those that are fitted together."""
+        return self._blocks.keys()
 
     @property
     def wanders(self) -> bool:

@@ -378,7 +378,7 @@ def _error(tier: Tier, judged: Judgement) -> float:
     """Relative 1 sigma of what weights of this tier divide."""
     if judged.error is None or tier not in FITTED or (judged.mixture and tier == "slice"):
         return STRUCTURE[tier]
-    return min(STRUCTURE[tier], max(judged.error, FITTED[tier]))
+    return max(judged.contended, min(STRUCTURE[tier], max(judged.error, FITTED[tier])))
 
 
 def _accrue(

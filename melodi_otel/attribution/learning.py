@@ -32,6 +32,12 @@ _WANDERING: Final = 0.012
 """The same where the gain wanders: what is learnt of one minute fits the next less well."""
 _BLURRED: Final = 0.014
 """The same where one reading averages over several intervals: who was there in which of them is told less apart."""
+_CONTENDED: Final = 0.10
+"""An engine by itself that takes so much more or less than the costs say, which were learnt beside others, does not add up with
+them: each slows the other down, or lets it use less.
+"""
+_SURE: Final = 0.3
+"""How far off its intervals have to be, times the root of their number, for that to be no chance."""
 _UNSURE: Final = 0.10
 """The same while few rows have been seen; it falls with their number."""
 _LIMIT: Final = 0.08
@@ -48,8 +54,8 @@ _ACCEPT_S: Final = 180.0
 @dataclass(slots=True)
 class Judgement:
     """Of one interval: J of somebody unknown, the relative error of its weights (None: they are not fitted), whether the costs
-    describe badly what runs, the relative error of what prompts cost against decoded tokens, and whether somebody is a mixture
-    of experts.
+    describe badly what runs, the relative error of what prompts cost against decoded tokens, whether somebody is a mixture of
+    experts, and how far engines are from adding up.
     """
 
     foreign: float = 0.0
@@ -57,6 +63,7 @@ class Judgement:
     unfit: bool = False
     prompt: float = 0.0
     mixture: bool = False
+    contended: float = 0.0
 
 
 class Learner:
@@ -74,6 +81,7 @@ class Learner:
         self._strange_s = 0.0
         self._unfit = False
         self._lasting = Lasting()
+        self._alone: dict[EngineId, tuple[int, float]] = {}
 
     def theta(self, engine: EngineId, roofline: Theta) -> Theta:
         """Weights of a step of ``engine``."""
@@ -135,8 +143,12 @@ class Learner:
         )
         found = Judgement(error=error + _UNSURE / (1.0 + fit.rows / 8.0))
         found.prompt = PROMPT_OF_MIXTURE if mixture or experts_unknown else PROMPT
+        contended = self._contended(work, dynamic / expected, busy)
+        if contended > _CONTENDED:
+            found.unfit = True
+            found.contended = contended if len(work) > 1 else 0.0
         found.mixture = mixture or experts_unknown
-        found.unfit = experts_unknown
+        found.unfit |= experts_unknown
         if misfit is not None and fit.rows >= _CONVERGED:
             if lasting is not None:
                 # A single border would flicker.
@@ -148,6 +160,20 @@ class Learner:
         self._lasting.blur = min(60, round(self._window_s / seconds)) if seconds > 0.0 else 0
         self._lasting.add(dynamic / expected - 1.0 if busy > 0.5 and not self._strange else None)
         return found
+
+    def _contended(self, work: Mapping[EngineId, Sequence[float]], ratio: float, busy: float) -> float:
+        """How far an engine by itself is off what it costs beside others, 0 or more; ``ratio``: measured over predicted J."""
+        if len(work) == 1 and busy > 0.9 and len(self.fit.engines) > 1 and self.fit.rows >= _CONVERGED:
+            (engine,) = work
+            number, mean = self._alone.get(engine, (0, 1.0))
+            number += 1
+            self._alone[engine] = (number, mean + (min(3.0, ratio) - mean) / min(number, 50))
+        off = [
+            abs(mean - 1.0)
+            for number, mean in self._alone.values()
+            if abs(mean - 1.0) * math.sqrt(min(number, 50)) > _SURE
+        ]
+        return max(off, default=0.0)
 
     def _excess(self, dynamic: float, expected: float, seconds: float, misfit: float) -> float:
         """J that are more than this work has ever taken, where that lasts; 0.0: it is as usual."""

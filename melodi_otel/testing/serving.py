@@ -38,6 +38,7 @@ class Scenario:
         sensor: how the devices are read.
         told_experts: whether the trace says what experts a model has.
         intruder_watts: drawn in episodes by a process that nobody knows of.
+        contention: what a step draws more while another engine's step runs, as a part of it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Scenario:
     sensor: Sensor = Sensor()  # noqa: RUF009  # frozen
     told_experts: bool = True
     intruder_watts: float = 0.0
+    contention: float = 0.0
 
 
 def _at(name: str, rate: float, seconds: float = 180.0) -> Scenario:
@@ -75,6 +77,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         replace(_FIVE, name="cap", chip=Chip(limit_watts=270.0)),
         replace(_FIVE, name="tensor parallel", devices=2, gain=0.02),
         Scenario("two engines", (Load(2.5, LLAMA_8B), Load(2.0, LLAMA_3B)), chip=Chip(limit_watts=480.0)),
+        Scenario(
+            "contention", (Load(2.5, LLAMA_8B), Load(2.0, LLAMA_3B)), chip=Chip(limit_watts=480.0), contention=0.5
+        ),
         Scenario("moe known", (Load(3.0, QWEN_30B_A3B),)),
         Scenario("moe unknown", (Load(3.0, QWEN_30B_A3B),), told_experts=False),
         replace(_TWO, name="gauge 1 s", sensor=Sensor("gauge", window_s=1.0)),
@@ -203,6 +208,8 @@ def _device(
         bounds = np.array([edge for step in of_engine for edge in (step.t0, step.t1)])
         factors = np.interp(bounds[::2], ticks, gain)
         parts = np.diff(np.interp(bounds, edges, each))[::2]
+        if scenario.contention:
+            factors = factors * (1.0 + scenario.contention * _beside(bounds, of_engine, steps))
         joules = np.zeros_like(bounds)
         joules[1::2] = factors * np.array([step.joules for step in of_engine])
         drawn += np.interp(ticks, bounds, np.cumsum(joules))
@@ -231,6 +238,18 @@ def _device(
         "intruder": float(other[-1]),
         "measured": float(energy[-1]),
     }
+
+
+def _beside(bounds: Floats, of_engine: list[Step], steps: list[list[Step]]) -> Floats:
+    """The part of each step of an engine in which another engine runs one, added up over these."""
+    together = np.zeros(len(of_engine))
+    for other in steps:
+        if other is not of_engine:
+            edges = np.array([edge for step in other for edge in (step.t0, step.t1)])
+            spent = np.zeros_like(edges)
+            spent[1::2] = np.diff(edges)[::2]
+            together += np.diff(np.interp(bounds, edges, np.cumsum(spent)))[::2] / np.diff(bounds)[::2]
+    return together
 
 
 def _intruder(watts: float, ticks: Floats, rng: np.random.Generator) -> Floats:

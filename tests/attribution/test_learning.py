@@ -1,0 +1,58 @@
+"""What intervals teach about engines that share a device."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from melodi_otel.attribution.learning import Judgement, Learner
+from melodi_otel.attribution.meter import EngineId
+from melodi_otel.attribution.weights import EngineFacts, Features, Roofline
+
+A, B = EngineId("a", 0), EngineId("b", 0)
+SECONDS = 0.1
+
+
+def taught(together: float, alone: int) -> Judgement:
+    """Engines of 20 and 10 J per interval that take ``together`` times the sum side by side; B is alone ``alone`` times."""
+    chance, learner = random.Random(1), Learner()
+    found = Judgement()
+    order = [(True, True)] * 600 + [(True, False)] * 200 + [(False, True)] * alone
+    chance.shuffle(order)
+    for at, (a, b) in enumerate([*order, (True, True)]):
+        work = {}
+        joules = 0.0
+        for engine, there, each in ((A, a, 0.5), (B, b, 0.25)):
+            if there:
+                steps = chance.randint(30, 50)
+                work[engine] = Features(float(steps), 8.0 * steps, 0.0, 8e3 * steps)
+                joules += each * steps
+        joules *= together if a and b else 1.0
+        found = learner.judge(work, joules, SECONDS, 1.0)
+        t0 = round(at * SECONDS * 1e9)
+        learner.learn(
+            t0,
+            t0 + round(SECONDS * 1e9),
+            work,
+            [],
+            joules,
+            1.0,
+            lambda _: Roofline().theta(EngineFacts()),
+            trusted=True,
+        )
+    return found
+
+
+def test_engines_that_do_not_add_up_are_said_to() -> None:
+    """Side by side they take half as much again: what B takes by itself is far from its part, and shares are called estimated."""
+    found = taught(1.5, alone=20)
+    assert found.unfit
+    assert found.contended > 0.1
+
+
+@pytest.mark.parametrize("alone", [0, 20])
+def test_engines_that_add_up_are_measured(alone: int) -> None:
+    found = taught(1.0, alone)
+    assert not found.unfit
+    assert found.contended == 0.0
