@@ -138,11 +138,11 @@ def by_us(run: Simulated) -> dict[str, float]:
 
 def row(scenario: str, run: Simulated, method: str, told: dict[str, float]) -> Row:
     """Its errors."""
-    truths = {key[0]: truth for key, truth in run.truth.items() if truth.start - run.first >= WARM_S}
+    every = {name: truth for (name, _), truth in run.truth.items()}
+    truths = {name: truth for name, truth in every.items() if truth.start - run.first >= WARM_S}
     errors = [100.0 * abs(told[name] - truth.joules) / truth.joules for name, truth in truths.items() if name in told]
     median, p95 = np.percentile(errors, [50, 95]) if errors else (float("nan"), float("nan"))
     board = next(iter(run.boards.values()))
-    every = {key[0]: truth for key, truth in run.truth.items()}
     since, until = min(truth.start for truth in every.values()), max(truth.end for truth in every.values())
     used = float(np.diff(board.energy(np.array([since, until])))[0])
     whole = sum(told[name] for name in every if name in told)

@@ -21,6 +21,7 @@ from melodi_otel.timeline.timeline import Interval, Timeline
 TAIL_NS: Final = 1_000_000_000
 """Power above idle this soon after work is the tail of that work (board capacitors, clocks stepping down)."""
 _USUAL_S: Final = 30.0
+"""Half-life of what is known of how much of requests' joules is idle energy."""
 STUCK_S: Final = 3.0
 """A counter of a device with idle power that does not move for longer than this is stuck."""
 RETURN_NS: Final = 5_000_000_000

@@ -39,9 +39,11 @@ ROW_S: Final = 0.2
 WANDER_ROWS: Final = 200
 """Half-life of what is known of how errors last."""
 LASTS: Final = 0.8
-ALIKE_AT_MOST: Final = 0.98
 """Correlation of neighbouring rows' errors above which they are a wandering gain; below, they are what a linear cost cannot
-describe, which is no worse fitted as it is."""
+describe, which is no worse fitted as it is.
+"""
+ALIKE_AT_MOST: Final = 0.98
+"""So much of the row before is taken off at most: of two rows that are alike something has to be left."""
 _ENGINES: Final = 8
 """Engines on one device that are fitted together."""
 _OUTLIER: Final = 1.5

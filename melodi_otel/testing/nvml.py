@@ -171,9 +171,7 @@ class FakeNvml:
 
     def reset_counter(self, gpu: int) -> None:
         """The energy counter of ``gpu`` starts again at 0, as after a driver reload."""
-        board = self._now().gpus[gpu]
-        board.base_mj = 0
-        board.reset_ns = self._time_ns()
+        self.shows(gpu, 0.0)
 
     def shows(self, gpu: int, joules: float) -> None:
         """The energy counter of ``gpu`` stands at so many joules from now on, for boards whose readings are known beforehand."""
