@@ -92,6 +92,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Scenario("prefix", (Load(4.0, LLAMA_8B, Lengths(900.0, 0.8, 8000), hits=0.5),)),
         replace(_TWO, name="lost samples", sensor=Sensor(lost=0.06)),
         replace(_TWO, name="reset", sensor=Sensor(resets=3)),
+        Scenario("host bound", (Load(3.0, LLAMA_8B, host_s=0.045),)),
         Scenario("aborted", (Load(4.0, LLAMA_8B, output=replace(CHAT_OUT, median=300.0), aborted=0.25),)),
     )
 }
@@ -212,7 +213,8 @@ def _device(
             factors = factors * (1.0 + scenario.contention * _beside(bounds, of_engine, steps))
         joules = np.zeros_like(bounds)
         joules[1::2] = factors * np.array([step.joules for step in of_engine])
-        drawn += np.interp(ticks, bounds, np.cumsum(joules))
+        at_work = np.array([edge for step in of_engine for edge in (step.begins, step.t1)])
+        drawn += np.interp(ticks, at_work, np.cumsum(joules))
         for step, factor, part in zip(of_engine, factors, parts, strict=True):
             dynamic[step.places] += step.shares * factor
             static[step.places] += part

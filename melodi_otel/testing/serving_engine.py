@@ -46,6 +46,7 @@ class Load:
         prompt, output: lengths in tokens.
         hits: part of the requests whose prompt is half or more in the prefix cache.
         aborted: part of the requests that are given up on their way.
+        host_s: how long the host prepares each step, in the median, while the device does nothing.
     """
 
     rate: float
@@ -54,6 +55,7 @@ class Load:
     output: Lengths = CHAT_OUT
     hits: float = 0.0
     aborted: float = 0.0
+    host_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +91,7 @@ class Step:
         places: rows of its members.
         work: id -> [prefill tokens, decode tokens, context after].
         joules: dynamic energy of one device, without that device's gain.
+        begins: when the devices begin with it: ``t0``, or later.
         shares: J of each member, in the order of ``places``; their sum is ``joules``.
         ended: requests for which it was the last.
     """
@@ -100,6 +103,7 @@ class Step:
     work: dict[str, list[int]]
     joules: float
     shares: Floats
+    begins: float
     ended: list[Request] = field(default_factory=list[Request])
 
 
@@ -167,7 +171,10 @@ def serve(
         took, joules = chip.cost(model, rows.sum(axis=1), split)
         shares = shapley(worth, rows, rng)
         factor = float(np.exp(noise * rng.standard_normal()))
-        t0, t = t, t + float(took) * float(np.exp(noise / 2 * rng.standard_normal()))
+        t0 = begins = t
+        if load.host_s:
+            begins += load.host_s * float(np.exp(0.25 * rng.standard_normal()))
+        t = begins + float(took) * float(np.exp(noise / 2 * rng.standard_normal()))
         step = Step(
             engine,
             t0,
@@ -176,6 +183,7 @@ def serve(
             {},
             float(joules) * factor,
             shares * (float(joules) * factor / float(shares.sum())),
+            begins,
         )
         for request, tokens in plan:
             _advance(step, request, tokens)

@@ -56,3 +56,23 @@ def test_engines_that_add_up_are_measured(alone: int) -> None:
     found = taught(1.0, alone)
     assert not found.unfit
     assert found.contended == 0.0
+
+
+def scattered(scatter: float) -> float:
+    """The relative error that is stated after ten minutes of single intervals that scatter by so much about what is predicted."""
+    chance, learner = random.Random(2), Learner()
+    error = 0.0
+    for at in range(3000):
+        steps = chance.randint(30, 50)
+        work = {A: Features(float(steps), 8.0 * steps, 0.0, 8e3 * steps)}
+        joules = 0.5 * steps * (1.0 + chance.gauss(0.0, scatter))
+        error = learner.judge(work, joules, SECONDS, 1.0).error or 0.0
+        t0, t1 = round(at * SECONDS * 1e9), round((at + 1) * SECONDS * 1e9)
+        roofline = Roofline().theta(EngineFacts())
+        learner.learn(t0, t1, work, [], joules, 1.0, lambda _, theta=roofline: theta, trusted=True)
+    return error
+
+
+def test_work_that_is_not_where_it_is_told_makes_less_sure() -> None:
+    """Where intervals scatter by 10 % and not by the 2 % that steps differ by, a share is more than twice as unsure."""
+    assert scattered(0.10) > 2.0 * scattered(0.02) > 0.0

@@ -27,12 +27,24 @@ def test_who_is_as_the_others_are_has_no_error_of_idle_power() -> None:
     assert share_sigma(joules=100.0, static=30.0, shared={"step": 70.0}, spread=0.0, idle_part=0.3, **BORDERLESS) == 0.0
 
 
-@pytest.mark.parametrize(("others", "times"), [(0.2, 1.7), (1.0, 1.7), (5.0, 1.14), (None, 1.0)])
-def test_few_others_leave_more_of_the_error(others: float | None, times: float) -> None:
-    sigma = share_sigma(
+def spread_among(others: float | None) -> float:
+    """Sigma of a share of 100 J whose weights leave 2 J open."""
+    return share_sigma(
         joules=100.0, static=0.0, shared={"step": 100.0}, spread=2.0, idle_part=0.0, others=others, **BORDERLESS
     )
-    assert sigma == pytest.approx(2.0 * times)
+
+
+def test_company_that_is_not_known_changes_nothing() -> None:
+    assert spread_among(None) == pytest.approx(2.0)
+
+
+def test_few_others_leave_more_of_the_error() -> None:
+    """One other, whose error is one's own: more than among ten."""
+    assert spread_among(0.2) > spread_among(1.0) * 0.9 > spread_among(10.0)
+
+
+def test_many_kinds_of_work_at_once_are_less_their_sum() -> None:
+    assert spread_among(10.0) < spread_among(30.0) < spread_among(200.0) < 3.0
 
 
 def test_a_tail_follows_who_was_alone() -> None:
