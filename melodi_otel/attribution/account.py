@@ -111,7 +111,10 @@ class Account:
 
     def books(self, in_flight: float) -> Books:
         """The balance, given what open requests have accrued here."""
-        parts = {name: self.bucket(name) for name in BUCKETS}
+        held: dict[Bucket, list[float]] = {}
+        for (name, _), joules in self.buckets.items():
+            held.setdefault(name, []).append(joules)
+        parts = {name: math.fsum(held[name]) if name in held else 0.0 for name in BUCKETS}
         return Books(self.device.id, self.measured, self.settled, in_flight, **parts, residual=self.residual)
 
     def missed(self, gap: Interval) -> None:
@@ -232,6 +235,7 @@ class Account:
         for step in self.steps:
             if step.t1_ns <= t0:
                 self.clock(step.lane).enter(step.number, step.changes)
+                step.over = True
                 continue
             kept.append(step)
             if step.t0_ns < t1 or step.t1_ns == t1:

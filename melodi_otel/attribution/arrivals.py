@@ -8,7 +8,7 @@ from typing import Final
 from melodi_otel.attribution.account import Account
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.engines import EngineState, Work, by_id, with_host
-from melodi_otel.attribution.lanes import Lane, Step, WorkRow
+from melodi_otel.attribution.lanes import NEXT_NS, Lane, Step, WorkRow
 from melodi_otel.attribution.meter import Decode, EngineId, Joined, Prefill
 from melodi_otel.attribution.roster import Roster
 from melodi_otel.attribution.weights import touched
@@ -54,10 +54,20 @@ class Arrivals:
         left: Sequence[str],
     ) -> None:
         """See :meth:`melodi_otel.attribution.meter.Meter.step`."""
-        state = self._roster.engine(engine)
+        state = self._roster.engines.get(engine) or self._roster.engine(engine)
         run = state.lanes.get(lane)
         if run is None:
             run = state.lanes[lane] = Lane()
+        elif (
+            decode[0]
+            and run.follows(seq, t0_ns)
+            and not (joined or left or prefill or computed)
+            and self._same(state, run, devices)
+            and run.goes_on(run.t1_ns, t1_ns)
+        ):
+            # As nearly all steps are: the set goes on, and nothing has to be looked at.
+            run.seq, run.t1_ns = seq, t1_ns
+            return
         # Where deltas are lost the client resends its set, and what ran in the gap is seen as slices.
         state.gaps += not run.follow(seq)
         t0_ns, t1_ns = self._placed(state, run, t0_ns, t1_ns)
@@ -125,6 +135,8 @@ class Arrivals:
             staying = {name for name, (prefill, decode, _) in work.items() if decode == 1 and not prefill}
             for name in [name for name in members if name not in staying]:
                 run.leave(name)
+        if not (joined or rows) and self._goes_on(state, run, t0_ns, t1_ns, devices, stay > 0):
+            return
         if run.ended:
             joined += _over(run, t0_ns)
         new = self._join(state, run, joined, t0_ns) if joined else []
@@ -134,28 +146,34 @@ class Arrivals:
         self, state: EngineState, run: Lane, t0_ns: int, t1_ns: int, devices: tuple[str, ...] | None, computes: bool
     ) -> bool:
         """Take a step of the set as it was in the step before; False: something is new, and has to be looked at."""
-        if (
-            not computes
-            or run.changes
-            or run.ended
-            or run.last
-            or run.named is None
-            or not (
+        if not computes or run.last or not self._same(state, run, devices):
+            return False
+        if not run.goes_on(t0_ns, t1_ns):
+            step = Step(state.id, run, t0_ns, t1_ns, (), (), True, 0.0)
+            run.tail = None
+            if step.participants:
+                self._tell(step, run, run.named or ())
+        return True
+
+    def _same(self, state: EngineState, run: Lane, devices: tuple[str, ...] | None) -> bool:
+        """Whether a step of the lane's set needs no look: nobody came or went, the devices are those it ran on."""
+        return (
+            not run.changes
+            and not run.ended
+            and run.named is not None
+            and (
                 run.named == state.devices if devices is None else devices == run.given and run.named == run.given_named
             )
-            or state.facts.routed is not None
-            or state.evidence != "steps"
-        ):
-            return False
-        step = Step(state.id, run, t0_ns, t1_ns, (), (), True, 0.0)
-        if step.participants:
-            self._tell(step, run, run.named)
-        return True
+            and state.facts.routed is None
+            and state.evidence == "steps"
+        )
 
     def _placed(self, state: EngineState, run: Lane, t0_ns: int, t1_ns: int) -> tuple[int, int]:
         """From when to when a step ran, behind the one before."""
         if t0_ns < run.t1_ns:
             state.clipped += 1
+            t0_ns = run.t1_ns
+        elif run.number and t1_ns > t0_ns <= run.t1_ns + NEXT_NS:  # as Lane.follows
             t0_ns = run.t1_ns
         t1_ns = max(t0_ns, t1_ns)
         run.t1_ns = t1_ns
@@ -184,7 +202,7 @@ class Arrivals:
     ) -> None:
         rows, coverage = self._rows(state, run, work, t0_ns, computes)
         step = Step(state.id, run, t0_ns, t1_ns, rows, run.changes, computes, coverage)
-        run.changes = []
+        run.changes, run.tail = [], None
         if rows or run.last:
             run.last = {row.activity for row in rows}
         if devices is not None:
@@ -218,6 +236,7 @@ class Arrivals:
 
     def _tell(self, step: Step, run: Lane, named: Sequence[str]) -> None:
         """Hand a step to the devices it ran on; those of earlier steps have to know of its changes, new ones of the whole set."""
+        alike = step.members > 0 and not step.rows and step.t1_ns > step.t0_ns and not step.x.coverage
         for device in named:
             account = self._accounts.get(device)
             if account is None:
@@ -225,8 +244,11 @@ class Arrivals:
             if device in run.on:
                 account.steps.append(step)
             else:
+                alike = False
                 run.on.add(device)
                 account.steps.append(step.copy(run.whole(), ran=True))
+        if alike:
+            run.tail = step
         if step.changes and not run.on.issubset(named):
             for device in run.on.difference(named):
                 self._accounts[device].steps.append(step.copy(step.changes, ran=False))

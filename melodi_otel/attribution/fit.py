@@ -104,17 +104,19 @@ class Durations:
         self.steps = 0
         self._new: list[Sequence[float]] = []
         self._seconds: list[float] = []
+        self._numbers: list[int] = []
         self._gram: Array | None = None
         self._moment: Array | None = None
         self._last: Array | None = None
 
-    def add(self, x: Features, seconds: float) -> None:
-        """A step with these features took so long."""
+    def add(self, x: Features, seconds: float, number: int = 1) -> None:
+        """``number`` steps with these features took so long each."""
         if seconds > 0.0:
-            self.steps += 1
+            self.steps += number
             if len(self._new) < 512:
                 self._new.append(x)
                 self._seconds.append(seconds)
+                self._numbers.append(number)
 
     def theta(self) -> Array | None:
         """Seconds per unit of each feature; None while too few steps were seen."""
@@ -124,11 +126,15 @@ class Durations:
 
         if self._new:
             # Relative errors: each row is divided by its duration.
-            rows = np.array(self._new) / np.array(self._seconds)[:, None]
+            rows, numbers = (
+                np.array(self._new) / np.array(self._seconds)[:, None],
+                np.array(self._numbers, dtype=np.float64),
+            )
             self._new.clear()
             self._seconds.clear()
-            keep = 0.5 ** (len(rows) / 20_000)
-            gram, moment = rows.T @ rows, rows.sum(axis=0)
+            self._numbers.clear()
+            keep = 0.5 ** (float(numbers.sum()) / 20_000)
+            gram, moment = (rows * numbers[:, None]).T @ rows, numbers @ rows
             self._gram = gram if self._gram is None else keep * self._gram + gram
             self._moment = moment if self._moment is None else keep * self._moment + moment
         assert self._gram is not None
@@ -184,6 +190,8 @@ class Fit:
         self._row_s = self._row_busy_s = self._row_joules = 0.0
         self._sizes: deque[float] = deque(maxlen=_RECENT)
         self._errors: deque[float] = deque(maxlen=_RECENT)
+        self._unsorted = 0
+        self._floor = 0.0
         self._thetas: dict[EngineId, Theta] = {}
         self._last: Array | None = None
         self._before: tuple[Array, float] | None = None
@@ -233,12 +241,12 @@ class Fit:
         self._blocks = {engine: WIDTH * at for at, engine in enumerate(engines)}
         self._since_s = math.inf  # solve with the next interval
 
-    def step(self, engine: EngineId, x: Features, seconds: float) -> None:
-        """A step took so long."""
+    def step(self, engine: EngineId, x: Features, seconds: float, number: int = 1) -> None:
+        """``number`` steps took so long each."""
         durations = self._durations.get(engine)
         if durations is None:
             durations = self._durations[engine] = Durations()
-        durations.add(x, seconds)
+        durations.add(x, seconds, number)
 
     def predicted(self, work: Mapping[EngineId, Sequence[float]]) -> float | None:
         """Dynamic J of this work; None where coefficients are not known."""
@@ -272,7 +280,9 @@ class Fit:
         expected = self.predicted(work)
         if expected is not None and busy > 0.5 and max(joules, expected) > 0.0:
             self._errors.append(abs(joules - expected) / max(joules, expected))
-            if len(self._errors) >= 20:
+            self._unsorted += 1
+            if len(self._errors) >= 20 and (self._unsorted >= 5 or self.misfit is None):
+                self._unsorted = 0
                 self.misfit = 1.4826 * sorted(self._errors)[len(self._errors) // 2]
         self._row_s += seconds
         self._row_busy_s += seconds * busy
@@ -361,11 +371,12 @@ class Fit:
             start = self._blocks[engine]
             x[start : start + WIDTH] = values
         self._sizes.append(abs(self._row_joules))
-        floor = 0.15 * sorted(self._sizes)[len(self._sizes) // 2]
+        if self.rows < ENOUGH_ROWS or self.rows % 8 == 0:
+            self._floor = 0.15 * sorted(self._sizes)[len(self._sizes) // 2]
         expected = self.predicted(self._row)
         # By what was predicted, whose noise is none of this row's; a row that is far above it counts less.
         size_of = abs(self._row_joules) if expected is None else max(expected, abs(self._row_joules) / _OUTLIER)
-        weight = 1.0 / max(size_of, floor, 1e-9)
+        weight = 1.0 / max(size_of, self._floor, 1e-9)
         keep = 0.5 ** (self._row_s / HALF_LIFE_S)
         x *= weight
         y = weight * self._row_joules
@@ -382,8 +393,11 @@ class Fit:
         self._before = (x, y)
         if expected is not None:
             self._wander.add(self._row_joules / max(expected, 1e-9))
-        self._gram = keep * gram + row[:, None] * row
-        self._moment = keep * moment + row * joules
+        gram *= keep
+        gram += row[:, None] * row
+        moment *= keep
+        moment += row * joules
+        self._gram, self._moment = gram, moment
         self.rows += 1
 
     def _begin_row(self) -> None:

@@ -28,6 +28,7 @@ DENSEST: Final = 20.0
 ASSUMING: tuple[Tier, ...] = ("phase", "window", "equal")
 """Tiers whose figures are interpolated rather than measured."""
 _PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode", "unsplit", "static")
+_CACHE: Final = Features._fields.index("cache")
 
 
 class IntervalCloser:
@@ -165,7 +166,7 @@ class IntervalCloser:
         trusted: bool,
     ) -> None:
         t0, t1 = interval.t0_ns, interval.t1_ns
-        ended = [step for step in account.steps if t0 < step.t1_ns <= t1 and step.participants]
+        ended = [did for step in account.steps if (did := step.ended(t0, t1)) is not None]
         account.learner.learn(
             t0,
             t1,
@@ -244,22 +245,8 @@ class IntervalCloser:
         cells: list[Cell] = []
         unsaid: dict[int, list[Change]] = {}
         thetas: dict[EngineId, Theta] = {}
-        runs: dict[int, tuple[Cell, Pack, Step]] = {}
         for step in account.steps_in(interval):
-            run = runs.get(id(step.lane))
-            if run is not None and step.t1_ns <= t1 and step.goes_on(run[2]):
-                # The same set one tick on, as nearly all steps are: one cell for all of them.
-                held = did[step.engine]
-                for k, value in enumerate(step.x):
-                    held[k] += value
-                cell, pack, _ = run
-                cell.t1_ns = step.t1_ns
-                pack.tick += (step.tick - pack.tick) / (cell.part + 1.0)
-                pack.contexts += (step.contexts - pack.contexts) / (cell.part + 1.0)
-                cell.part += 1.0
-                runs[id(step.lane)] = (cell, pack, step)
-                continue
-            part = step.part(t0, t1)
+            part, places = step.part(t0, t1)
             at = id(step.lane)
             if part <= 0.0 or not step.participants:
                 unsaid.setdefault(at, []).extend(step.changes)
@@ -279,12 +266,13 @@ class IntervalCloser:
             else:
                 for k, value in enumerate(step.x):
                     held[k] += part * value
-            cell = _cell(account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part)
-            cells.append(cell)
-            if not rows and cell.pack is not None:
-                runs[at] = (cell, cell.pack, step)
-            elif runs:
-                runs.pop(at, None)
+            if places:
+                did[step.engine][_CACHE] += places * step.members
+            cells.append(
+                _cell(
+                    account, step, theta, rows, changes, max(t0, step.t0_ns), min(t1, step.t1_ns), part, places / part
+                )
+            )
         return cells
 
     def _theta(self, account: Account, engine: EngineId) -> Theta:
@@ -330,8 +318,12 @@ def _cell(
     t0_ns: int,
     t1_ns: int,
     part: float,
+    place: float,
 ) -> Cell:
-    """A step, or the part of it in an interval, priced: the fixed cost is split equally among its participants."""
+    """A step or a run, or the part of it in an interval, priced: the fixed cost is split equally among its participants.
+
+    ``place``: that of the mean step of the run, from 0.
+    """
     participants = step.members + sum([row.participants for row in rows])
     fixed = (theta.fixed_prefill if step.x.fixed_prefill else theta.fixed) / participants
     coverage = step.x.coverage
@@ -351,8 +343,9 @@ def _cell(
         each += theta.coverage * max(0.0, coverage) / step.members
     clock = account.clock(step.lane)
     pack = Pack(
-        clock, step.number, changes, step.members, step.heads, step.only, each, theta.cache, step.tick, step.contexts
-    )
+        clock, step.number, changes, step.members, step.heads, step.only, each, theta.cache,
+        step.tick + place, step.contexts + place * step.members,
+    )  # fmt: skip
     return Cell(t0_ns, t1_ns, "step", priced, part, pack, step.engine)
 
 

@@ -93,7 +93,7 @@ class Lag:
         self._seen_s = 0.0
 
     def step(self, t0_ns: int, t1_ns: int, engine: EngineId, x: Features) -> None:
-        """A step."""
+        """A step, or several that are alike."""
         if not self._steps:
             self._origin_ns = t0_ns
         number = self._engines.get(engine)

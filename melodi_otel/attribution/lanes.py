@@ -6,13 +6,19 @@ beside it. So a step costs what changed, not what runs.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from melodi_otel.attribution.activity import Activity
 from melodi_otel.attribution.meter import EngineId
 from melodi_otel.attribution.riding import Clock, Rider
 from melodi_otel.attribution.weights import Features
+
+NEXT_NS: Final = 500_000
+"""A step that begins so soon behind the one before begins where that ended: what the host does in between is done for it."""
+LONGEST_RUN: Final = 64
+"""Steps in a run, so that what is over is let go of while it goes on."""
 
 
 class Change(NamedTuple):
@@ -45,10 +51,13 @@ class WorkRow:
 
 
 class Step:
-    """A step of a lane; ``t0_ns == t1_ns`` is an instant.
+    """A step of a lane, or a run of them, of which each but the first is the set of the one before, one tick on, as nearly all
+    steps are; ``t0_ns == t1_ns`` is an instant.
 
     Attributes:
-        number: of the step in its lane, from 1.
+        t0_ns, t1_ns: from when to when; ``ends``: the end of each step.
+        over: some device has done with it: it does not go on.
+        number: of the step in its lane, from 1; of a run: of its first step, as all that follows.
         changes: what happens to the decode set before it.
         rows: work outside of the set.
         participants: sequences in all, ``members`` of them in the set, ``contexts`` the sum of these's contexts.
@@ -60,12 +69,14 @@ class Step:
     __slots__ = (
         "changes",
         "contexts",
+        "ends",
         "engine",
         "heads",
         "lane",
         "members",
         "number",
         "only",
+        "over",
         "participants",
         "rows",
         "t0_ns",
@@ -89,6 +100,8 @@ class Step:
         self.lane = lane
         self.t0_ns = t0_ns
         self.t1_ns = t1_ns
+        self.ends = [t1_ns]
+        self.over = False
         self.rows = rows
         self.changes = changes
         lane.number += 1
@@ -127,29 +140,58 @@ class Step:
         step = object.__new__(Step)
         for name in Step.__slots__:
             setattr(step, name, getattr(self, name))
+        step.ends = [*self.ends]
         step.changes = changes
         if not ran:
             step.participants = step.members = step.contexts = step.heads = 0
             step.only, step.rows = None, ()
         return step
 
-    def goes_on(self, before: Step) -> bool:
-        """Whether this is what ``before`` was, a step of the set alone, with nobody else and without a break."""
-        return (
-            self.t0_ns == before.t1_ns
-            and not self.rows
-            and not self.changes
-            and self.members == before.members > 0
-            and self.t1_ns > self.t0_ns
-            and self.number == before.number + 1
-        )
+    def part(self, t0_ns: int, t1_ns: int) -> tuple[float, float]:
+        """How much of it lies in [t0, t1]: the sum of its steps' parts (0..1 each), and the same times their places (from 0)."""
+        ends = self.ends
+        low, high = max(self.t0_ns, t0_ns), min(self.t1_ns, t1_ns)
+        if len(ends) == 1:
+            length = self.t1_ns - self.t0_ns
+            if length <= 0:
+                return (1.0 if t0_ns < self.t0_ns <= t1_ns else 0.0), 0.0
+            return max(0, high - low) / length, 0.0
+        if high <= low:
+            return 0.0, 0.0
+        first, last = bisect_right(ends, low), bisect_left(ends, high)
+        begin = ends[first - 1] if first else self.t0_ns
+        if first == last:
+            part = (high - low) / (ends[first] - begin)
+            return part, part * first
+        head = (ends[first] - low) / (ends[first] - begin)
+        rest = (high - ends[last - 1]) / (ends[last] - ends[last - 1])
+        whole = last - first - 1
+        return head + whole + rest, head * first + whole * (first + last) / 2.0 + rest * last
 
-    def part(self, t0_ns: int, t1_ns: int) -> float:
-        """How much of it lies in [t0, t1], 0..1."""
-        length = self.t1_ns - self.t0_ns
-        if length <= 0:
-            return 1.0 if t0_ns < self.t0_ns <= t1_ns else 0.0
-        return max(0, min(self.t1_ns, t1_ns) - max(self.t0_ns, t0_ns)) / length
+    def ended(self, t0_ns: int, t1_ns: int) -> Did | None:
+        """What its steps did that ended in (t0, t1]."""
+        if not self.participants or self.t1_ns <= t0_ns:
+            return None
+        ends = self.ends
+        first, after = bisect_right(ends, t0_ns), bisect_right(ends, t1_ns)
+        number = after - first
+        if number <= 0:
+            return None
+        since_ns, x = ends[first - 1] if first else self.t0_ns, self.x
+        if len(ends) > 1:
+            grown = self.members * (first + after - 1) / 2.0
+            x = Features(x.fixed, x.decode, x.prefill, x.cache + grown, x.attention, x.fixed_prefill, x.coverage)
+        return Did(self.engine, since_ns, ends[after - 1], number, x)
+
+
+class Did(NamedTuple):
+    """``number`` steps of an engine, one after another from ``t0_ns`` to ``t1_ns``; ``x``: the mean of their features."""
+
+    engine: EngineId
+    t0_ns: int
+    t1_ns: int
+    number: int
+    x: Features
 
 
 class Lane:
@@ -162,6 +204,7 @@ class Lane:
         last: activities that stood in rows of the newest step.
         changes: of the set, since the newest step.
         given: devices that were told with the newest step that named any, and ``given_named`` what they stand for.
+        tail: the newest step as it was told to all its devices; None: nothing goes on from it.
         named: devices of the newest step; ``on``: those that have been told all changes; ``clocks``: what counts there.
     """
 
@@ -183,11 +226,13 @@ class Lane:
         "riding",
         "seq",
         "t1_ns",
+        "tail",
         "tick",
     )
 
     def __init__(self) -> None:
         self.seq: int | None = None
+        self.tail: Step | None = None
         self.t1_ns = 0
         self.computed_ns = 0
         self.number = 0
@@ -215,6 +260,21 @@ class Lane:
                 self.leave(name)
         self.seq = seq
         return whole
+
+    def follows(self, seq: int, t0_ns: int) -> bool:
+        """Whether a step with this number that begins at ``t0_ns`` is the next one, with no time in between."""
+        return self.tail is not None and seq - 1 == self.seq and self.t1_ns <= t0_ns <= self.t1_ns + NEXT_NS
+
+    def goes_on(self, t0_ns: int, t1_ns: int) -> bool:
+        """Let the newest step's run have a step more, from ``t0_ns`` to ``t1_ns``; False: it cannot, a new one has to begin."""
+        tail = self.tail
+        if tail is None or tail.t1_ns != t0_ns or t1_ns <= t0_ns or tail.over or len(tail.ends) >= LONGEST_RUN:
+            return False
+        tail.ends.append(t1_ns)
+        tail.t1_ns = self.computed_ns = t1_ns
+        self.number += 1
+        self.tick += 1
+        return True
 
     def running(self, t_ns: int) -> bool:
         """Whether somebody who is open stood in the newest step, and it ended before ``t_ns``."""
@@ -282,6 +342,7 @@ class Lane:
     def replace(self, rider: Rider, before: Activity) -> None:
         """``rider`` stands for another activity than ``before``."""
         activity = rider.activity
+        self.tail = None
         if self.riding.get(before) is rider:
             del self.riding[before]
             self.ended.discard(before)

@@ -10,11 +10,11 @@ from typing import Final
 
 from melodi_otel.attribution.fit import Fit
 from melodi_otel.attribution.lag import Lag, Row
-from melodi_otel.attribution.lanes import Step
+from melodi_otel.attribution.lanes import Did
 from melodi_otel.attribution.meter import EngineId
 from melodi_otel.attribution.state import Learnt
 from melodi_otel.attribution.uncertainty import PROMPT, PROMPT_OF_MIXTURE
-from melodi_otel.attribution.weights import Theta
+from melodi_otel.attribution.weights import Features, Theta
 
 UNFIT: Final = 0.025
 """Lasting misfit above which the costs do not describe what runs (unknown experts, contention): figures are called estimated."""
@@ -206,7 +206,7 @@ class Learner:
         t0_ns: int,
         t1_ns: int,
         work: Mapping[EngineId, Sequence[float]],
-        steps: Iterable[Step],
+        steps: Iterable[Did],
         dynamic: float,
         busy: float,
         roofline: Callable[[EngineId], Theta],
@@ -218,10 +218,9 @@ class Learner:
         """
         fit = self.fit
         time, place = fit.step, self.lag.step
-        for step in steps:
-            engine, x, since_ns, until_ns = step.engine, step.x, step.t0_ns, step.t1_ns
-            time(engine, x, (until_ns - since_ns) / 1e9)
-            place(since_ns, until_ns, engine, x)
+        for engine, since_ns, until_ns, number, x in steps:
+            time(engine, x, (until_ns - since_ns) / 1e9 / number, number)
+            place(since_ns, until_ns, engine, x if number == 1 else Features(*[number * value for value in x]))
         if work:
             fit.add(work, dynamic, (t1_ns - t0_ns) / 1e9, busy, trusted=trusted)
             if fit.due() and trusted:

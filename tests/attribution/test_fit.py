@@ -176,3 +176,27 @@ def test_noise_is_no_wandering_gain() -> None:
         if fit.due():
             fit.solve(lambda _: Roofline().theta(EngineFacts()))
     assert not fit.wanders
+
+
+def test_what_is_not_seen_for_long_is_not_forgotten() -> None:
+    """Ten minutes of all kinds of steps, then an hour of one decode set, from which nobody could tell two costs apart: what a
+    prompt costs is still known, to a twentieth.
+    """
+    chance, fit = random.Random(4), Fit()
+    for _ in range(6000):
+        x = work(chance)
+        fit.add({A: x}, price(TRUE, x) * chance.gauss(1.0, 0.02), 0.1, 1.0)
+        if fit.due():
+            fit.solve(lambda _: Roofline().theta(EngineFacts()))
+    before = fit.theta(A)
+    assert before is not None
+    prompt = Features(0.0, 0.0, 512.0, 0.0, 0.0, 1.0)
+    priced = price(before, prompt)
+    for _ in range(36_000):
+        x = Features(10.0, 160.0, 0.0, 160_000.0)
+        fit.add({A: x}, price(TRUE, x) * chance.gauss(1.0, 0.02), 0.1, 1.0)
+        if fit.due():
+            fit.solve(lambda _: Roofline().theta(EngineFacts()))
+    after = fit.theta(A)
+    assert after is not None
+    assert price(after, prompt) == pytest.approx(priced, rel=0.05)

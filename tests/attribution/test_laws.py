@@ -133,6 +133,27 @@ def test_clocks_give_what_the_formula_gives(schedule: Schedule, read: list[tuple
     assert abs(ledger.snapshot().books["G"].imbalance()) <= 1e-9
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.sets(st.sampled_from(NAMES), min_size=1), st.lists(st.integers(3, 9), min_size=1, max_size=90)),
+        min_size=1,
+        max_size=4,
+    ),
+    readings,
+)
+def test_runs_give_what_the_formula_gives(
+    sets: list[tuple[set[str], list[int]]], read: list[tuple[int, float]]
+) -> None:
+    """Steps of a set that goes on are one run, longer than the longest one too, and cut by every reading where it falls."""
+    schedule: Schedule = [(length, dict.fromkeys(names, (0, 1))) for names, lengths in sets for length in lengths]
+    shares, ledger = run(schedule, read)
+    expected = directly(schedule, read)
+    for name in NAMES:
+        assert shares[name].joules == pytest.approx(expected[name], rel=1e-9, abs=1e-9)
+    assert abs(ledger.snapshot().books["G"].imbalance()) <= 1e-9
+
+
 @settings(deadline=None, max_examples=60)
 @given(steps, readings)
 def test_fitted_books_close(schedule: Schedule, read: list[tuple[int, float]]) -> None:

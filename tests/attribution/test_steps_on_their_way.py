@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from melodi_otel.attribution.ledger import Ledger
-from melodi_otel.attribution.meter import EngineId, Key, Prefill, Share
+from melodi_otel.attribution.meter import Decode, EngineId, Joined, Key, Prefill, Share
 from melodi_otel.devices import Device
 
 S = 1_000_000_000
@@ -191,3 +191,24 @@ def test_joules_that_were_nobodys_yet_count_as_the_requests(how: str) -> None:
     attributed = made.snapshot().attributed
     assert sum(joules for at, joules in attributed.items() if "m" in str(at)) == pytest.approx(100.0)
     assert sum(attributed.values()) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("pause_ns", "idle"), [(400_000, 0.0), (2_000_000, 0.2 * 10)])
+def test_what_the_host_does_between_two_steps(pause_ns: int, idle: float) -> None:
+    """A step soon behind the one before begins where that ended; a longer pause is nobody's: 2 ms of 100 W, ten times."""
+    made = Ledger(patience_s=None)
+    made.device(Device("GPU-0", "gpu", idle_watts=100.0))
+    made.counter("GPU-0", 0, 0.0)
+    made.engine(FIRST, 0, devices=("GPU-0",))
+    made.open(REQUEST, 0, engine=FIRST)
+    at, joined = 0, [Joined("a", 5)]
+    for number in range(1, 12):
+        made.step(FIRST, 0, number, at, at + 10 * MS, decode=Decode(1, 5 + number), joined=joined)
+        at, joined = at + 10 * MS + pause_ns, []
+    at -= pause_ns
+    made.counter("GPU-0", at, at * 100.0 / 1e9)
+    made.close(REQUEST, at, 11, "stop")
+    made.settle(at + S)
+    books = made.snapshot().books["GPU-0"]
+    assert books.idle + books.tail == pytest.approx(idle, abs=1e-9)
+    assert books.attributed == pytest.approx(at * 100.0 / 1e9 - idle, rel=1e-9)
