@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "method": record.energy.method,
             "quality": record.energy.quality,
             "concurrency": record.energy.concurrency,
+            "final_s": (max(share.final_ns for share in record.shares) - record.end_ns) / 1e9,
         }
         for record in melodi_otel.recent()
         if record.kind == "request"
@@ -157,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "requests": rows,
     }
     (options.out / "serving.json").write_text(json.dumps(said, indent=1))
-    print(f"{len(rows)} requests on record")
+    waits = sorted(row["final_s"] for row in rows)
+    print(
+        f"{len(rows)} requests on record, final after {waits[len(rows) // 2]:.3f} s, p99 {waits[int(0.99 * len(rows))]:.3f} s"
+    )
     melodi_otel.uninstrument()
     return 0
 

@@ -154,7 +154,9 @@ def rows(recording: Recording) -> list[Row]:
     }
     found: list[Row] = []
     for phase in recording.phases:
-        names = [name for name in recording.of_phase(phase) if name in true]
+        names = [
+            name for name in recording.of_phase(phase) if name in true and all(name in said for said in ways.values())
+        ]
         batch = [
             (len(step["work"]), step["t1"] - step["t0"])
             for step in recording.steps

@@ -34,6 +34,9 @@ ENOUGH_ROWS: Final = 8
 """Rows after which the fit is used; before, its prior."""
 ENOUGH_STEPS: Final = 30
 """Steps after which durations are a better prior than the roofline."""
+ODD_S: Final = 0.5
+ODD: Final = 4.0
+"""A step longer than this and than so many times what such steps take is none to learn from."""
 ROW_S: Final = 0.2
 """Intervals are merged to rows of this length at least: borders of steps weigh less in them."""
 WANDER_ROWS: Final = 200
@@ -108,6 +111,7 @@ class Durations:
         self._gram: Array | None = None
         self._moment: Array | None = None
         self._last: Array | None = None
+        self._scale: Array | None = None
 
     def add(self, x: Features, seconds: float, number: int = 1) -> None:
         """``number`` steps with these features took so long each."""
@@ -117,6 +121,14 @@ class Durations:
                 self._new.append(x)
                 self._seconds.append(seconds)
                 self._numbers.append(number)
+
+    def odd(self, x: Features, seconds: float) -> bool:
+        """Whether a step of this length is none of the usual ones: kernels are built in it, or something held it up."""
+        if seconds <= ODD_S:
+            return False
+        if self._last is None or self._scale is None:
+            return True
+        return seconds > ODD * float(self._last / self._scale @ x)
 
     def theta(self) -> Array | None:
         """Seconds per unit of each feature; None while too few steps were seen."""
@@ -141,7 +153,7 @@ class Durations:
         assert self._moment is not None
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
         gram = self._gram / np.outer(scale, scale) + _RIDGE * np.eye(WIDTH)
-        self._last = nnls(gram, self._moment / scale, self._last)
+        self._last, self._scale = nnls(gram, self._moment / scale, self._last), scale
         return self._last / scale
 
 
@@ -247,6 +259,11 @@ class Fit:
         if durations is None:
             durations = self._durations[engine] = Durations()
         durations.add(x, seconds, number)
+
+    def odd(self, engine: EngineId, x: Features, seconds: float) -> bool:
+        """See :meth:`Durations.odd`."""
+        durations = self._durations.get(engine)
+        return seconds > ODD_S and (durations is None or durations.odd(x, seconds))
 
     def predicted(self, work: Mapping[EngineId, Sequence[float]]) -> float | None:
         """Dynamic J of this work; None where coefficients are not known."""
@@ -372,7 +389,7 @@ class Fit:
             x[start : start + WIDTH] = values
         self._sizes.append(abs(self._row_joules))
         if self.rows < ENOUGH_ROWS or self.rows % 8 == 0:
-            self._floor = 0.15 * sorted(self._sizes)[len(self._sizes) // 2]
+            self._floor = 0.4 * sorted(self._sizes)[len(self._sizes) // 2]
         expected = self.predicted(self._row)
         # By what was predicted, whose noise is none of this row's; a row that is far above it counts less.
         size_of = abs(self._row_joules) if expected is None else max(expected, abs(self._row_joules) / _OUTLIER)

@@ -167,6 +167,11 @@ class IntervalCloser:
     ) -> None:
         t0, t1 = interval.t0_ns, interval.t1_ns
         ended = [did for step in account.steps if (did := step.ended(t0, t1)) is not None]
+        odd = any(
+            account.learner.fit.odd(step.engine, step.x, (step.t1_ns - step.t0_ns) / len(step.ends) / 1e9)
+            for step in account.steps
+            if step.t0_ns < t1
+        )
         account.learner.learn(
             t0,
             t1,
@@ -176,6 +181,7 @@ class IntervalCloser:
             busy,
             lambda engine: self._roster.engine(engine).priced(self._model, [account.device]),
             trusted=trusted,
+            odd=odd,
         )
 
     def take_late(self, account: Account, activity: Activity, late: Late) -> None:

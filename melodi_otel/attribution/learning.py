@@ -212,9 +212,10 @@ class Learner:
         roofline: Callable[[EngineId], Theta],
         *,
         trusted: bool,
+        odd: bool = False,
     ) -> None:
         """An interval has closed: ``steps`` ended in it, ``work`` is what was done in it, of all of which something is known
-        (``trusted``); ``roofline`` gives weights without a fit.
+        (``trusted``); ``odd``: a step ran in it that was none of the usual ones; ``roofline`` gives weights without a fit.
         """
         fit = self.fit
         time, place = fit.step, self.lag.step
@@ -222,10 +223,10 @@ class Learner:
             time(engine, x, (until_ns - since_ns) / 1e9 / number, number)
             place(since_ns, until_ns, engine, x if number == 1 else Features(*[number * value for value in x]))
         if work:
-            fit.add(work, dynamic, (t1_ns - t0_ns) / 1e9, busy, trusted=trusted)
+            fit.add(work, dynamic, (t1_ns - t0_ns) / 1e9, busy, trusted=trusted and not odd)
             if fit.due() and trusted:
                 fit.solve(roofline)
-        if self.lag.interval(t0_ns, t1_ns, dynamic):
+        if not odd and self.lag.interval(t0_ns, t1_ns, dynamic):
             again = self.lag.look()
             if again is not None:
                 self._learn_again(again, roofline)
@@ -238,8 +239,11 @@ class Learner:
 
     def _learn_again(self, rows: Iterable[Row], roofline: Callable[[EngineId], Theta]) -> None:
         """The delay was another one: what was learnt with it does not hold, and ``rows`` say what was done when."""
-        self._start_over()
+        self.fit.start_over()
+        self._ratios.clear()
+        scatter = self._lasting.short
         self._lasting = Lasting()
+        self._lasting.short = scatter
         for row in rows:
             if row.work:
                 self.fit.add(row.work, row.joules, row.seconds, row.busy)

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from melodi_otel.attribution.fit import price
+from melodi_otel.attribution.lanes import Did
 from melodi_otel.attribution.learning import Judgement, Learner
 from melodi_otel.attribution.meter import EngineId
 from melodi_otel.attribution.weights import EngineFacts, Features, Roofline
@@ -76,3 +78,43 @@ def scattered(scatter: float) -> float:
 def test_work_that_is_not_where_it_is_told_makes_less_sure() -> None:
     """Where intervals scatter by 10 % and not by the 2 % that steps differ by, a share is more than twice as unsure."""
     assert scattered(0.10) > 2.0 * scattered(0.02) > 0.0
+
+
+def test_nobody_learns_from_a_step_in_which_kernels_are_built() -> None:
+    """Ten seconds of prompts whose step takes a second for 2 J, then usual ones: what a prompt costs is known within a tenth."""
+    learner = Learner()
+    chance = random.Random(3)
+    theta = Roofline().theta(EngineFacts())
+    t0 = 0
+
+    def told(x: Features, joules: float, seconds: float) -> None:
+        nonlocal t0
+        t1 = t0 + round(seconds * 1e9)
+        odd = learner.fit.odd(A, x, seconds)
+        for at in range(round(seconds / 0.1)):
+            part = Features(*[0.1 / seconds * value for value in x])
+            begin = t0 + round(at * 1e8)
+            done = [Did(A, t0, t1, 1, x)] if at == round(seconds / 0.1) - 1 else []
+            learner.learn(
+                begin,
+                begin + 100_000_000,
+                {A: part},
+                done,
+                joules * 0.1 / seconds,
+                1.0,
+                lambda _: theta,
+                trusted=True,
+                odd=odd,
+            )
+        t0 = t1
+
+    for _ in range(10):
+        told(Features(0.0, 0.0, 512.0, 0.0, 0.0, 1.0), 2.0, 1.0)
+    for _ in range(600):
+        if chance.random() < 0.3:
+            told(Features(0.0, 8.0, 512.0, 4e3, 0.0, 1.0), 12.0, 0.2)
+        else:
+            told(Features(1.0, 8.0, 0.0, 4e3), 2.0, 0.1)
+    found = learner.fit.theta(A)
+    assert found is not None
+    assert price(found, Features(0.0, 8.0, 512.0, 4e3, 0.0, 1.0)) == pytest.approx(12.0, rel=0.1)
