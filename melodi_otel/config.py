@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from melodi_otel.errors import ConfigError
+from melodi_otel.semconv import ANY_MODEL
 
 log = logging.getLogger("melodi_otel")
 
@@ -68,7 +69,7 @@ class Config:
     carbon_intensity: float | None = None
     pue: float | None = None
     energy_price: float | None = None
-    energy_budget: float | None = None
+    energy_budget: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -193,6 +194,12 @@ def _idle(raw: str) -> tuple[tuple[str, float], ...]:
             raise ValueError
         pairs.append((device, _number(0)(watts)))
     return tuple(pairs)
+
+
+def _budgets(raw: str) -> tuple[tuple[str, float], ...]:
+    if "=" not in raw:
+        return ((ANY_MODEL, _number(0)(raw)),)
+    return _idle(raw)
 
 
 def _factors(raw: str) -> tuple[tuple[str, float], ...]:
@@ -351,7 +358,12 @@ VARIABLES: Final[dict[str, Variable]] = {
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),
     "MELODI_PUE": Variable("pue", _number(1), "a number from 1", "Power usage effectiveness, published as a gauge."),
     "MELODI_ENERGY_PRICE": Variable("energy_price", _number(0), "currency per kWh", "Published as a gauge."),
-    "MELODI_ENERGY_BUDGET": Variable("energy_budget", _number(0), "J per 1,000 tokens", "Published as a gauge."),
+    "MELODI_ENERGY_BUDGET": Variable(
+        "energy_budget",
+        _budgets,
+        "J per 1,000 output tokens, or MODEL=J,… with * for all other models",
+        "Published as a gauge; requests above it are counted.",
+    ),
 }
 
 GROUP_VARIABLE: Final = "MELODI_GROUP_TOKEN"

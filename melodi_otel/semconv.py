@@ -13,6 +13,9 @@ from typing import Final, Literal
 ENERGY_SCHEMA: Final = 1
 """Version of what ``melodi.energy.*`` on a span means; written as ``melodi.energy.schema``."""
 
+ANY_MODEL: Final = "*"
+"""In a budget: all models that are not named."""
+
 AttributeType = Literal["double", "int", "string", "boolean", "string[]"]
 
 

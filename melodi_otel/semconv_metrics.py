@@ -135,6 +135,15 @@ REQUESTS: Final = Metric(
     _WHO,
     labelled=True,
 )
+OVER_BUDGET: Final = Metric(
+    "melodi.requests.over_budget",
+    "counter",
+    "{request}",
+    "Requests that used more joules per output token than their model's budget; only where one is set.",
+    (names.QUALITY,),
+    _WHO,
+    labelled=True,
+)
 REQUESTS_ACTIVE: Final = Metric(
     "melodi.requests.active", "updowncounter", "{request}", "Requests in flight.", (), _WHO, labelled=True
 )
@@ -216,7 +225,14 @@ PUE: Final = Metric("melodi.energy.pue", "gauge", "1", "Power usage effectivenes
 PRICE: Final = Metric(
     "melodi.energy.price", "gauge", "{currency_per_kWh}", "Price of energy, as configured, in currency per kWh."
 )
-BUDGET: Final = Metric("melodi.energy.budget", "gauge", "J", "Energy budget per 1,000 output tokens, as configured.")
+BUDGET: Final = Metric(
+    "melodi.energy.budget",
+    "gauge",
+    "J",
+    "Energy budget per 1,000 output tokens, as configured; without a model: of all that have none of their own.",
+    (),
+    (names.GEN_AI_REQUEST_MODEL,),
+)
 CARBON_EMISSIONS: Final = Metric(
     "melodi.carbon.emissions", "counter", "g", "CO2 equivalent of the energy; only where a live intensity is known."
 )
@@ -236,6 +252,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         RESIDUAL,
         IN_FLIGHT,
         REQUESTS,
+        OVER_BUDGET,
         REQUESTS_ACTIVE,
         SAMPLE_AGE,
         SPAN_DEFERRED,

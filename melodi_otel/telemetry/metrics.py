@@ -52,12 +52,20 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """Configuration that is published as gauges; None = not set, not published."""
+    """Configuration that is published as gauges; None = not set, not published.
+
+    ``energy_budget``: (model, J per 1,000 output tokens); ``*`` stands for all models that are not named.
+    """
 
     carbon_intensity: float | None = None
     pue: float | None = None
     energy_price: float | None = None
-    energy_budget: float | None = None
+    energy_budget: tuple[tuple[str, float], ...] = ()
+
+    def budget(self, model: str | None) -> float | None:
+        """J per 1,000 output tokens of this model; None: it has no budget."""
+        budgets = dict(self.energy_budget)
+        return budgets.get(model or "", budgets.get(names.ANY_MODEL))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +152,12 @@ class Instruments:
         self._observe(metrics.CARBON_INTENSITY, lambda v: _single(v.configured().carbon_intensity))
         self._observe(metrics.PUE, lambda v: _single(v.configured().pue))
         self._observe(metrics.PRICE, lambda v: _single(v.configured().energy_price))
-        self._observe(metrics.BUDGET, lambda v: _single(v.configured().energy_budget))
+        self._observe(metrics.BUDGET, lambda v: _budgets(v.configured()))
         self._requests = meter.create_counter(
             metrics.REQUESTS.name, metrics.REQUESTS.unit, metrics.REQUESTS.description
+        )
+        self._over_budget = meter.create_counter(
+            metrics.OVER_BUDGET.name, metrics.OVER_BUDGET.unit, metrics.OVER_BUDGET.description
         )
         self._request_energy = sdk.histogram(meter, metrics.REQUEST_ENERGY)
         self._tokens = sdk.histogram(meter, metrics.TOKEN_USAGE)
@@ -210,6 +221,12 @@ class Instruments:
             names.QUALITY: energy.quality,
         }
         self._requests.add(1, who, **context)
+        budget = views.configured().budget(record.model)
+        used = energy.per_token(record.output_tokens)
+        if budget is not None and used is not None:
+            # A series that begins with 0 shows its first increase, too.
+            over = {name: value for name, value in who.items() if name != names.REQUEST_OUTCOME}
+            self._over_budget.add(int(1e3 * used > budget), over, **context)
 
     def _call(self, record: RequestRecord, call: dict[str, str], context: dict[str, Context]) -> None:
         for kind, tokens in (("input", record.prompt_tokens), ("output", record.output_tokens)):
@@ -284,6 +301,11 @@ class Instruments:
     def _active(self, views: Views) -> Rows:
         active = self._lines.snapshot(metrics.REQUESTS_ACTIVE.name).active
         return [(number, _who(who)) for who, number in active.items()]
+
+
+def _budgets(configured: Configured) -> Rows:
+    for model, joules in configured.energy_budget:
+        yield joules, {} if model == names.ANY_MODEL else {names.GEN_AI_REQUEST_MODEL: model}
 
 
 _NOBODY: Final = set_span_in_context(INVALID_SPAN, Context())

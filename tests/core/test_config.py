@@ -58,7 +58,7 @@ GOOD = {
     "MELODI_CARBON_INTENSITY": ("350", 350.0),
     "MELODI_PUE": ("1.2", 1.2),
     "MELODI_ENERGY_PRICE": ("0.3", 0.3),
-    "MELODI_ENERGY_BUDGET": ("400", 400.0),
+    "MELODI_ENERGY_BUDGET": ("meta/llama=300,*=400", (("meta/llama", 300.0), ("*", 400.0))),
 }
 
 
@@ -143,3 +143,13 @@ def test_a_secret_is_in_no_text():
     assert config.label_hash_key == "s3cret"
     assert "s3cret" not in repr(config) + str(config)
     assert VARIABLES["MELODI_LABEL_HASH_KEY"].shown("s3cret") == "(set, not shown)"
+
+
+def test_a_budget_without_a_model_is_that_of_all() -> None:
+    assert Config.from_env({"MELODI_ENERGY_BUDGET": "400"}).energy_budget == (("*", 400.0),)
+
+
+@pytest.mark.parametrize("raw", ["-1", "a=", "=3", "a=-1", "a=x", "nan"])
+def test_a_budget_that_is_none(raw: str) -> None:
+    with pytest.raises(ConfigError, match=r"MELODI_ENERGY_BUDGET.*J per 1,000 output tokens"):
+        Config.from_env({"MELODI_ENERGY_BUDGET": raw})

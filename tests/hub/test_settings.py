@@ -40,7 +40,7 @@ def test_what_may_change():
         pue=1.2,
         carbon_intensity=300.0,
         energy_price=0.3,
-        energy_budget=5.0,
+        energy_budget=(("*", 5.0),),
         idle_watts=(("GPU-1", 60.0),),
         label_limit=5,
         sample_hz=5.0,

@@ -47,7 +47,7 @@ def views(kit: Any) -> Views:
             self_joules=1.5,
         ),
         spans=lambda: SpanCounts(3, {"measured": 7, "late": 1}),
-        configured=lambda: Configured(pue=1.2, energy_budget=500.0),
+        configured=lambda: Configured(pue=1.2, energy_budget=(("*", 500.0), ("big", 900.0))),
         metric_labels=("tenant",),
         identity={"service.name": "svc"},
     )
@@ -118,7 +118,10 @@ def test_meters_are_shown(provider: MeterProvider, reader: InMemoryMetricReader,
     assert one(reader, "melodi.self.energy") == (1.5, {})
     assert one(reader, "melodi.span.deferred") == (3.0, {})
     assert one(reader, "melodi.energy.pue") == (1.2, {})
-    assert one(reader, "melodi.energy.budget") == (500.0, {})
+    assert {p.attributes.get("gen_ai.request.model"): p.value for p in points(reader, "melodi.energy.budget")} == {
+        None: 500.0,
+        "big": 900.0,
+    }
     assert {(p.attributes["melodi.source.name"], p.value) for p in points(reader, "melodi.source.up")} == {
         ("nvml", 1.0),
         ("rapl", 0.0),
@@ -130,6 +133,34 @@ def test_meters_are_shown(provider: MeterProvider, reader: InMemoryMetricReader,
     seen = {p.name for p in points(reader)}
     assert "melodi.carbon.intensity" not in seen
     assert "melodi.energy.price" not in seen
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "over"), [("m", 10, 1.0), ("m", 100, 0.0), ("big", 60, 0.0), ("big", 50, 1.0)]
+)
+def test_requests_over_their_budget_are_counted(
+    provider: MeterProvider, reader: InMemoryMetricReader, views: Views, kit: Any, model: str, tokens: int, over: float
+) -> None:
+    """A request of 50 J against 500 J per 1,000 tokens, or the 900 J of its own model; a first one within it shows as 0."""
+    made = kit.record(model=model, output_tokens=tokens)
+    made = replace(made, energy=replace(made.energy, total=50.0))
+    Instruments(provider.get_meter("t"), views).finished(made)
+    value, attributes = one(reader, "melodi.requests.over_budget")
+    assert value == over
+    assert attributes["gen_ai.request.model"] == model
+
+
+@pytest.mark.parametrize("budget", [(), (("other", 1.0),)])
+def test_without_a_budget_nobody_is_over_it(
+    provider: MeterProvider,
+    reader: InMemoryMetricReader,
+    views: Views,
+    record: RequestRecord,
+    budget: tuple[tuple[str, float], ...],
+) -> None:
+    views = replace(views, configured=lambda: Configured(energy_budget=budget))
+    Instruments(provider.get_meter("t"), views).finished(record)
+    assert points(reader, "melodi.requests.over_budget") == []
 
 
 def test_requests_are_recorded(

@@ -67,7 +67,7 @@ def endpoint(kit: Any) -> Iterator[Endpoint]:
         lambda: kit.devices,
         lambda: hardware,
         lambda: SpanCounts(1, {"measured": 2}),
-        lambda: Configured(400.0, 1.2, 0.3, 500.0),
+        lambda: Configured(400.0, 1.2, 0.3, (("*", 500.0),)),
         metric_labels=("tenant",),
     )
     pipeline = ScrapePipeline(views, Resource({"host.id": "h1", "k8s.pod.name": "p1"}))
