@@ -32,6 +32,10 @@ class MissingDependency(MelodiError, ImportError):
     """An optional package is absent; the message holds the pip line that installs it."""
 
 
+class DeployError(MelodiError):
+    """Files of a deployment could not be written."""
+
+
 class SourceError(MelodiError):
     """A meter could not be used."""
 

@@ -70,7 +70,7 @@ class Runtime:
         tracers: the seam of spans, where one is there already.
         later: look for meters on the settle thread, which :meth:`start` starts, instead of now: a driver may take seconds,
             and whoever imports an engine shall not wait for it. Requests that begin meanwhile are measured from then on.
-        choice: how a hub is found; None: as ``MELODI_HUB`` says.
+        choice, publisher: how a hub is found, and who publishes the host; None: as ``MELODI_HUB`` and the host say.
 
     Raises:
         ConfigError: a configured value cannot be used.
@@ -87,6 +87,7 @@ class Runtime:
         tracers: TracerSeam | None = None,
         later: bool = False,
         choice: Choice | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         self.config = config
         self.clock: Clock = clock or SystemClock()
@@ -128,7 +129,7 @@ class Runtime:
         resource = host_resource(config, environ, *gpus_of(self.discovery))
         self._service = said(resource.attributes.get(semconv.SERVICE_NAME))
         self._namespace = said(resource.attributes.get(semconv.SERVICE_NAMESPACE))
-        self._publisher = Publisher()
+        self._publisher = publisher or Publisher()
         if tracers is None:
             deferral = Deferral(
                 self.clock, wait_s=self.span_wait_s, limit=config.span_limit, devices=self.devices, why=self.why

@@ -20,6 +20,7 @@ BUDGET_MINUTES = {
     "attribution": 3.0,
     "hub": 4.0,
     "trace": 2.0,
+    "deploy": 1.0,
     "results": 1.0,
     "cli": 2.0,
     "telemetry": 4.0,

@@ -12,7 +12,7 @@ import sys
 import typer
 
 from melodi_otel import __version__
-from melodi_otel.cli import agent, demo, doctor, record, replay, run, top
+from melodi_otel.cli import agent, demo, deploy, doctor, record, replay, run, top
 from melodi_otel.errors import ConfigError, MelodiError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command(epilog=run.EXAMPLE, context_settings=_PASS_ON)(run.run)
 app.command(epilog=agent.EXAMPLE)(agent.agent)
 app.command(epilog=record.EXAMPLE, context_settings=_PASS_ON)(record.record)
 app.command(epilog=replay.EXAMPLE)(replay.replay)
+app.command(epilog=deploy.EXAMPLE)(deploy.deploy)
 
 
 def _version(asked: bool) -> None:

@@ -50,6 +50,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "results": {"attribution", "timeline"},
     "trace": {"attribution", "timeline"},
     "hub": {"attribution", "timeline"},
+    "deploy": set(),
     "dataset": {"attribution", "timeline", "trace"},
     "cli": ANY,
     "runtime": ANY,
@@ -96,6 +97,7 @@ ROOMS_OF: dict[str, set[str]] = {
     "werkzeug": {"telemetry"},
     "rich": {"results/terminal.py", "cli/top.py", "cli/top_view.py"},
     "typer": {"cli"},
+    "yaml": {"deploy"},
     "pandas": {"results"},
 }
 """Third-party library -> the room (or file) that owns it. The demo is an application of transformers, hence its file;

@@ -58,7 +58,7 @@ def test_no_extra_requires_an_engine(project):
     needs = [need.lower() for needs in project["optional-dependencies"].values() for need in needs]
     names = {re.split(r"[\[<>=;! ]", need)[0] for need in needs}
     assert not names & {"torch", "vllm", "transformers", "tensorflow", "llama-cpp-python", "sglang", "jax"}
-    extras = {"nvidia", "transformers", "vllm", "amd", "apple", "dataset", "web", "all", "instruments"}
+    extras = {"nvidia", "transformers", "vllm", "amd", "apple", "dataset", "web", "deploy", "all", "instruments"}
     assert extras == set(project["optional-dependencies"])
     assert project["optional-dependencies"]["instruments"] == []
 

@@ -1,0 +1,55 @@
+"""``melodi-otel deploy``: scrape configuration, recording rules and alerts, as files."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import typer
+
+EXAMPLE = "Example: melodi-otel deploy --out deploy --set idle_kwh=5 --set job=llm-.*"
+
+
+def deploy(
+    out: Path | None = typer.Option(
+        None, "--out", "-o", metavar="DIR", help="Where the files go; what is there by the same name is replaced."
+    ),
+    choices: list[str] = typer.Option(
+        [], "--set", metavar="NAME=VALUE", help="A setting; may be given several times. --list shows all."
+    ),
+    show: bool = typer.Option(
+        False, "--list", help="Show the settings, their defaults and what they mean; write nothing."
+    ),
+) -> None:
+    """Write what an operator imports: Prometheus' rules, alerts and scrape configuration, an Alertmanager's.
+
+    Exit codes: 0 done, 1 the files could not be written, 2 wrong usage or a setting that cannot be used.
+    """
+    from melodi_otel.deploy.files import files, pages, shipped
+    from melodi_otel.deploy.settings import Settings, chosen
+    from melodi_otel.errors import DeployError
+
+    if show:
+        meaning = " ".join((Settings.__doc__ or "").partition("Attributes:")[2].split())
+        for field in fields(Settings):
+            _, _, rest = meaning.partition(f"{field.name}: ")
+            ends = [at for other in fields(Settings) if (at := rest.find(f" {other.name}: ")) > 0]
+            print(f"{field.name}={field.default}\n    {rest[: min(ends, default=len(rest))]}")
+        return
+    if out is None:
+        raise typer.BadParameter("say where the files go: melodi-otel deploy --out DIR")
+    settings = chosen(choices)
+    made = files(settings) if choices else {}
+    try:
+        shutil.copytree(shipped(), out, dirs_exist_ok=True)
+        shutil.copytree(pages(), out / "runbooks", dirs_exist_ok=True)
+        for name, text in made.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DeployError(f"{error.filename or out} could not be written: {error.strerror or error}") from error
+    print(f"written to {out}:")
+    for path in sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file()):
+        print(f"  {path}")
+    print(f"next: promtool check config {out / 'prometheus/prometheus.yml'}, and docs/operate.md")

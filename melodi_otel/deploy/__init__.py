@@ -1,0 +1,10 @@
+"""What an operator imports: rules and alerts for Prometheus, written from the names in ``semconv``.
+
+========================  ==============================================================================================
+``settings``              what can be chosen, by name, with its default: ``--set alerts.idle_kwh=2``
+``promql``                names and the few expressions that everything is built of
+``recording``             recording rules: W, J per 1,000 tokens, shares of requests over budget, showback by day
+``alerts``                alert rules, each with its page in docs/runbooks/
+``files``                 all of it as files, as they stand in ``deploy/``
+========================  ==============================================================================================
+"""
