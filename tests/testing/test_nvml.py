@@ -178,8 +178,8 @@ def test_limits_are_errors_with_the_limit(tmp_path: Path, start: Open) -> None:
         for _ in range(33):
             fake.fail("nvmlShutdown", 0)
     fake.heal()
-    with pytest.raises(ValueError, match="at most 256 entries"):
-        for second in range(257):
+    with pytest.raises(ValueError, match="at most 8192 entries"):
+        for second in range(8193):
             fake.watts(0, second, at=float(second))
 
 
