@@ -23,6 +23,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from melodi_otel import semconv_metrics as metrics
 from melodi_otel.attribution.books import Books, Snapshot, Who
+from melodi_otel.deploy import recording
+from melodi_otel.deploy.settings import Settings
 from melodi_otel.instrumentation.seam import Begin, End
 from melodi_otel.telemetry.deferral import SpanCounts
 from melodi_otel.telemetry.http import Endpoint, serve
@@ -266,7 +268,9 @@ def test_queries_of_the_docs(tmp_path: Path) -> None:
     ]
     assert blocks
     names = {metrics.prometheus_name(metric) for metric in metrics.METRICS.values()}
-    assert {name for block in blocks for name in re.findall(r"\b(?:melodi|hw)_\w+", block)} <= names
+    recorded = {rule["record"] for group in recording.groups(Settings()) for rule in group["rules"]}
+    read = {name for block in blocks for name in re.findall(r"[\w:]*\b(?:melodi|hw)_\w+(?::\w+)*", block)}
+    assert read <= names | recorded
     rules = [{"record": f"r{number}", "expr": block} for number, block in enumerate(blocks)]
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
     done = subprocess.run(
