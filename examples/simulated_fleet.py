@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -125,7 +126,7 @@ def serve(number: int, port: int, seconds: float, budget: str, ready: multiproce
             config,
             environ={"MELODI_HOST_ID": f"simulated-{number}", "OTEL_SERVICE_NAME": "fleet"},
             # They share this machine and play hosts of their own.
-            publisher=Publisher(f"melodi-otel/simulated-{number}"),
+            publisher=Publisher(f"melodi-otel/simulated-{os.getpid()}"),
         )
         runtime.start()
         runtime.wait_found(10.0)
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1, help="hosts with two boards each")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long, an hour at most")
     parser.add_argument("--port", type=int, default=0, help="of the first endpoint; 0: the system chooses all of them")
+    parser.add_argument("--first", type=int, default=0, help="number of the first host")
     parser.add_argument("--budget", default="", help="MELODI_ENERGY_BUDGET of all of them")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -164,7 +166,13 @@ def main() -> None:
     hosts = [
         context.Process(
             target=serve,
-            args=(n, options.port and options.port + n, min(3600.0, options.seconds), options.budget, ready),
+            args=(
+                options.first + n,
+                options.port and options.port + n,
+                min(3600.0, options.seconds),
+                options.budget,
+                ready,
+            ),
         )
         for n in range(options.servers)
     ]

@@ -22,7 +22,7 @@ def deploy(
         False, "--list", help="Show the settings, their defaults and what they mean; write nothing."
     ),
 ) -> None:
-    """Write what an operator imports: Prometheus' rules, alerts and scrape configuration, an Alertmanager's.
+    """Write what an operator imports: dashboards, Prometheus' rules, alerts and scrape configuration, an Alertmanager's.
 
     Exit codes: 0 done, 1 the files could not be written, 2 wrong usage or a setting that cannot be used.
     """

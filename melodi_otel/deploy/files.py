@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from melodi_otel.deploy import alerts, recording
+from melodi_otel.deploy import alerts, panels, recording
+from melodi_otel.deploy.dashboards import dashboards
 from melodi_otel.deploy.settings import Settings
 from melodi_otel.errors import DeployError, MissingDependency
 
@@ -15,6 +16,9 @@ ALERTS: Final = "prometheus/rules/melodi_otel.alerts.yml"
 SCRAPE: Final = "prometheus/prometheus.yml"
 KUBERNETES: Final = "prometheus/scrape_kubernetes.yml"
 TARGETS: Final = "prometheus/targets/melodi_otel.yml"
+DASHBOARDS: Final = "grafana/dashboards"
+DATA_SOURCE: Final = "grafana/provisioning/datasources/melodi_otel.yml"
+PROVIDER: Final = "grafana/provisioning/dashboards/melodi_otel.yml"
 ALERTMANAGER: Final = "alertmanager/alertmanager.yml"
 
 _PACKED: Final = Path(__file__).parent / "shipped"
@@ -46,7 +50,7 @@ def files(settings: Settings) -> dict[str, str]:
     """Everything, by its place.
 
     Raises:
-        MissingDependency: PyYAML is not installed; the message has the pip line.
+        MissingDependency: PyYAML or Grafana's foundation SDK is not installed; the message has the pip line.
     """
     return {
         RULES: document({"groups": recording.groups(settings)}),
@@ -55,6 +59,9 @@ def files(settings: Settings) -> dict[str, str]:
         KUBERNETES: document(kubernetes(settings)),
         TARGETS: document([{"targets": ["127.0.0.1:9464"], "labels": {"cluster": "laptop"}}]),
         ALERTMANAGER: document(alertmanager()),
+        **{f"{DASHBOARDS}/{name}.json": panels.build(made) for name, made in dashboards().items()},
+        DATA_SOURCE: document(data_source(settings)),
+        PROVIDER: document(provider()),
     }
 
 
@@ -114,6 +121,41 @@ def kubernetes(settings: Settings) -> Mapping[str, Any]:
                 ],
             }
         ]
+    }
+
+
+def data_source(settings: Settings) -> Mapping[str, Any]:
+    """Grafana's data source; its interval makes ``$__rate_interval`` right, and exemplars lead to traces."""
+    return {
+        "apiVersion": 1,
+        "datasources": [
+            {
+                "name": "Prometheus",
+                "type": "prometheus",
+                "uid": "melodi-otel-prometheus",
+                "access": "proxy",
+                "url": "http://127.0.0.1:9090",
+                "jsonData": {
+                    "timeInterval": settings.span(settings.scrape_interval_s * settings.trial),
+                    "exemplarTraceIdDestinations": [{"name": "trace_id", "datasourceUid": "tempo"}],
+                },
+            }
+        ],
+    }
+
+
+def provider() -> Mapping[str, Any]:
+    """Where Grafana finds the dashboards."""
+    return {
+        "apiVersion": 1,
+        "providers": [
+            {
+                "name": "melodi_otel",
+                "folder": "melodi_otel",
+                "type": "file",
+                "options": {"path": "/var/lib/grafana/dashboards/melodi_otel"},
+            }
+        ],
     }
 
 

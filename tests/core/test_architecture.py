@@ -98,6 +98,7 @@ ROOMS_OF: dict[str, set[str]] = {
     "rich": {"results/terminal.py", "cli/top.py", "cli/top_view.py"},
     "typer": {"cli"},
     "yaml": {"deploy"},
+    "grafana_foundation_sdk": {"deploy"},
     "pandas": {"results"},
 }
 """Third-party library -> the room (or file) that owns it. The demo is an application of transformers, hence its file;

@@ -1,0 +1,351 @@
+"""Overview, Models, Hosts and GPUs: where the joules go."""
+
+from __future__ import annotations
+
+from melodi_otel.deploy import promql as q
+from melodi_otel.deploy.panels import Dashboard, Panel, Query
+from melodi_otel.deploy.queries import (
+    ACTIVE,
+    CLUSTER,
+    HOST,
+    HOSTS,
+    HW_POWER,
+    JOB,
+    KWH,
+    MEMORY,
+    MODEL,
+    MODELS,
+    OUTPUT,
+    increase,
+    of_requests,
+    per_ktok,
+    quantile,
+    rate,
+    sum_of,
+    unattributed,
+)
+
+
+def overview() -> Dashboard:
+    """Where the joules go, over the whole fleet."""
+    power = f"sum({q.once(rate(q.HW_ENERGY, HOST))})"
+    energy = f"sum({q.once(increase(q.HW_ENERGY, HOST))}) / {KWH}"
+    idle = f"sum({q.once(increase(q.UNATTRIBUTED, HOST), q.BUCKET, q.HOLDER_SERVICE, q.HOLDER_MODEL)})"
+    ktok = f"1000 * {of_requests()} / sum({increase(q.TOKENS, f'{MODEL},{OUTPUT}')})"
+    first = (
+        Panel(
+            "stat",
+            "Power now",
+            "All metered devices, from their counters.",
+            [Query(power)],
+            "watt",
+            4,
+            4,
+            metric=q.HW_ENERGY,
+        ),
+        Panel(
+            "stat",
+            "Energy in this range",
+            "What the meters counted.",
+            [Query(energy, instant=True)],
+            "kwatth",
+            4,
+            4,
+            metric=q.HW_ENERGY,
+            decimals=3,
+        ),
+        Panel(
+            "stat",
+            "J per 1,000 output tokens",
+            "All joules of requests, idle power while they ran included.",
+            [Query(ktok, instant=True)],
+            "joule",
+            4,
+            4,
+            metric=q.ATTRIBUTED,
+        ),
+        Panel(
+            "stat",
+            "A request, median",
+            "",
+            [Query(quantile(0.5, q.REQUEST_ENERGY))],
+            "joule",
+            4,
+            4,
+            metric=q.REQUEST_ENERGY,
+        ),
+        Panel(
+            "stat",
+            "A request, p95",
+            "",
+            [Query(quantile(0.95, q.REQUEST_ENERGY))],
+            "joule",
+            4,
+            4,
+            metric=q.REQUEST_ENERGY,
+        ),
+        Panel(
+            "stat",
+            "Nobody's",
+            "Part of the joules that no request used: idle, tail, loading, others, not sampled.",
+            [Query(f"{idle} / ({idle} + {of_requests(HOST)})", instant=True)],
+            "percentunit",
+            4,
+            4,
+            [(0.5, "yellow"), (0.8, "orange")],
+            metric=q.UNATTRIBUTED,
+        ),
+    )
+    where = (
+        Panel(
+            "timeseries",
+            "Where the power goes",
+            "What requests used, and what nobody did, by why.",
+            [
+                Query(f"sum({rate(q.ATTRIBUTED, HOST)})", "requests"),
+                Query(sum_of(unattributed(), q.BUCKET), f"{{{{{q.BUCKET}}}}}"),
+            ],
+            "watt",
+            12,
+            9,
+            stack=True,
+            metric=q.UNATTRIBUTED,
+        ),
+        Panel(
+            "timeseries",
+            "Power by host",
+            "Each device once.",
+            [Query(sum_of(q.once(rate(q.HW_ENERGY, HOST)), q.HOST), f"{{{{{q.HOST}}}}}")],
+            "watt",
+            12,
+            9,
+            stack=True,
+            metric=q.HW_ENERGY,
+        ),
+    )
+    models = (
+        Panel(
+            "bargauge",
+            "Energy by model",
+            "Joules of their requests in this range.",
+            [Query(f"{sum_of(increase(q.ATTRIBUTED, MODEL), q.MODEL)} / {KWH}", f"{{{{{q.MODEL}}}}}", instant=True)],
+            "kwatth",
+            8,
+            8,
+            metric=q.ATTRIBUTED,
+            decimals=3,
+        ),
+        Panel(
+            "timeseries",
+            "J per 1,000 output tokens by model",
+            "",
+            [Query(per_ktok(), f"{{{{{q.MODEL}}}}}")],
+            "joule",
+            8,
+            8,
+            metric=q.ATTRIBUTED,
+        ),
+        Panel(
+            "timeseries",
+            "A request's energy, p95 by model",
+            "",
+            [Query(quantile(0.95, q.REQUEST_ENERGY, q.MODEL), f"{{{{{q.MODEL}}}}}", exemplars=True)],
+            "joule",
+            8,
+            8,
+            metric=q.REQUEST_ENERGY,
+        ),
+    )
+    return Dashboard(
+        "melodi-otel-overview",
+        "melodi_otel / Overview",
+        "Where the joules of the fleet go.",
+        (CLUSTER, JOB, HOSTS, MODELS),
+        (("", first), ("Where it goes", where), ("Models", models)),
+    )
+
+
+def models() -> Dashboard:
+    """What requests and tokens of each model cost, and whether that is within its budget."""
+    legend = f"{{{{{q.MODEL}}}}}"
+    budget = f"max {q.by(q.MODEL)} ({q.BUDGET}{{{HOST}}})"
+    over = sum_of(rate(q.OVER_BUDGET, MODEL, "1h"), q.MODEL)
+    judged = sum_of(rate(q.REQUESTS, f'{MODEL},{q.QUALITY}!="unavailable"', "1h"), q.MODEL)
+    energy = (
+        Panel(
+            "timeseries",
+            "A request, median",
+            "",
+            [Query(quantile(0.5, q.REQUEST_ENERGY, q.MODEL), legend, exemplars=True)],
+            "joule",
+            8,
+            metric=q.REQUEST_ENERGY,
+        ),
+        Panel(
+            "timeseries",
+            "A request, p95",
+            "",
+            [Query(quantile(0.95, q.REQUEST_ENERGY, q.MODEL), legend, exemplars=True)],
+            "joule",
+            8,
+            metric=q.REQUEST_ENERGY,
+        ),
+        Panel(
+            "timeseries",
+            "J per 1,000 output tokens",
+            "With the budgets that are set (MELODI_ENERGY_BUDGET).",
+            [Query(per_ktok(), legend), Query(budget, f"budget {legend}")],
+            "joule",
+            8,
+            metric=q.ATTRIBUTED,
+        ),
+        Panel(
+            "timeseries",
+            "Prompts, decoding, idle power",
+            "What the joules of requests are of.",
+            [Query(sum_of(rate(q.ATTRIBUTED, MODEL), q.PHASE), f"{{{{{q.PHASE}}}}}")],
+            "watt",
+            12,
+            stack=True,
+            metric=q.ATTRIBUTED,
+        ),
+        Panel(
+            "timeseries",
+            "Output tokens",
+            "",
+            [Query(sum_of(rate(q.TOKENS, f"{MODEL},{OUTPUT}"), q.MODEL), f"{legend}")],
+            "cps",
+            12,
+            metric=q.TOKENS,
+        ),
+    )
+    slo = (
+        Panel(
+            "timeseries",
+            "Requests over budget, last hour",
+            "Part of the requests that used more joules per output token than their model's budget.",
+            [Query(f"{over} / ({judged} > 0)", legend)],
+            "percentunit",
+            12,
+            thresholds=[(0.05, "orange")],
+            metric=q.OVER_BUDGET,
+            nothing="no budget is set",
+        ),
+        Panel(
+            "timeseries",
+            "Burn rate, last hour",
+            "Times the share that may be over budget (5 %): above 1 the allowance does not last.",
+            [Query(f"{over} / ({judged} > 0) / 0.05", legend)],
+            "none",
+            12,
+            thresholds=[(1.0, "yellow"), (14.4, "orange")],
+            metric=q.OVER_BUDGET,
+            nothing="no budget is set",
+        ),
+    )
+    trust = (
+        Panel(
+            "timeseries",
+            "Requests by quality",
+            "How good their joules are.",
+            [Query(sum_of(rate(q.REQUESTS, MODEL), q.QUALITY), f"{{{{{q.QUALITY}}}}}")],
+            "reqps",
+            8,
+            stack=True,
+            metric=q.REQUESTS,
+        ),
+        Panel(
+            "timeseries",
+            "Requests by outcome",
+            "",
+            [Query(sum_of(rate(q.REQUESTS, MODEL), q.OUTCOME), f"{{{{{q.OUTCOME}}}}}")],
+            "reqps",
+            8,
+            stack=True,
+            metric=q.REQUESTS,
+        ),
+        Panel(
+            "timeseries",
+            "Requests in flight",
+            "",
+            [Query(sum_of(f"{ACTIVE}{{{MODEL}}}", q.MODEL), legend)],
+            "none",
+            8,
+            metric=ACTIVE,
+        ),
+    )
+    return Dashboard(
+        "melodi-otel-models",
+        "melodi_otel / Models",
+        "Energy per request and per token, budgets, quality.",
+        (CLUSTER, JOB, HOSTS, MODELS),
+        (("Energy", energy), ("Budgets", slo), ("How sure, how many", trust)),
+    )
+
+
+def hosts() -> Dashboard:
+    """Devices: power, utilisation, idle power and who holds it, and how old the readings are."""
+    legend = f"{{{{{q.HOST}}}}} {{{{{q.HW_ID}}}}}"
+    power = (
+        Panel(
+            "timeseries",
+            "Power by device, from its counter",
+            "",
+            [Query(q.once(rate(q.HW_ENERGY, HOST)), legend)],
+            "watt",
+            12,
+            9,
+            metric=q.HW_ENERGY,
+        ),
+        Panel(
+            "timeseries",
+            "Power by device, from its gauge",
+            "A cross-check: the counter is what is divided among requests.",
+            [Query(q.once(f"{HW_POWER}{{{HOST}}}"), legend)],
+            "watt",
+            12,
+            9,
+            metric=HW_POWER,
+        ),
+    )
+    work = (
+        Panel(
+            "timeseries",
+            "GPU utilisation",
+            "Part of the time in which it computed, however much.",
+            [Query(q.once(f"{q.GPU_UTILIZATION}{{{HOST}}}"), legend)],
+            "percentunit",
+            12,
+            metric=q.GPU_UTILIZATION,
+        ),
+        Panel(
+            "timeseries", "GPU memory", "", [Query(q.once(f"{MEMORY}{{{HOST}}}"), legend)], "bytes", 12, metric=MEMORY
+        ),
+        Panel(
+            "timeseries",
+            "Idle power by holder",
+            "Devices on which no request runs, by the model that holds them.",
+            [Query(sum_of(unattributed(f'{HOST},{q.BUCKET}="idle"'), q.HOLDER_MODEL), f"{{{{{q.HOLDER_MODEL}}}}}")],
+            "watt",
+            12,
+            stack=True,
+            metric=q.UNATTRIBUTED,
+        ),
+        Panel(
+            "timeseries",
+            "Age of the newest reading",
+            "Above some seconds requests wait for their joules.",
+            [Query(f"max {q.by(*q.DEVICE)} ({q.SAMPLE_AGE}{{{HOST}}})", legend)],
+            "s",
+            12,
+            thresholds=[(5.0, "yellow"), (300.0, "orange")],
+            metric=q.SAMPLE_AGE,
+        ),
+    )
+    return Dashboard(
+        "melodi-otel-hosts",
+        "melodi_otel / Hosts and GPUs",
+        "Power, use and readings of every device.",
+        (CLUSTER, JOB, HOSTS),
+        (("Power", power), ("Work and idleness", work)),
+    )
