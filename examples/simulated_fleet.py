@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -102,6 +103,7 @@ class Server:
 
 def serve(number: int, port: int, seconds: float, budget: str, ready: multiprocessing.Queue[str]) -> None:
     """One host: its boards, its meter, its endpoint."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chance = random.Random(number)  # noqa: S311  # a load, no secret
     gpus = [
         FakeGpu(f"GPU-{number:04d}{board:04d}-0000-4000-8000-000000000000", watts=IDLE_W)
@@ -176,12 +178,19 @@ def main() -> None:
         )
         for n in range(options.servers)
     ]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for host in hosts:
         host.start()
-    for _ in hosts:
-        print(ready.get(timeout=60), flush=True)
-    for host in hosts:
-        host.join()
+    try:
+        for _ in hosts:
+            print(ready.get(timeout=60), flush=True)
+        for host in hosts:
+            host.join()
+    except KeyboardInterrupt:
+        for host in hosts:
+            host.terminate()
+        for host in hosts:
+            host.join()
 
 
 if __name__ == "__main__":
