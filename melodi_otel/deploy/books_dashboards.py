@@ -26,6 +26,16 @@ from melodi_otel.deploy.queries import (
 )
 
 
+def _who(expression: str) -> str:
+    """The same by the label ``who``, which panels can name."""
+    return f'label_join({expression}, "who", "", "$by")'
+
+
+def _column(heading: str, expression: str) -> str:
+    """What ends in the column of this heading."""
+    return f'label_replace({_who(expression)}, "what", "{heading}", "", "")'
+
+
 def showback() -> Dashboard:
     """Who used how much, with a sum that equals the meter."""
     direct = f"{sum_of(increase(q.ATTRIBUTED, MODEL), '$by')}"
@@ -35,6 +45,17 @@ def showback() -> Dashboard:
     meter = f"sum({q.once(increase(q.HW_ENERGY, HOST))})"
     site = f"scalar(max({PUE}{{{HOST}}}) or vector(1))"
     factor = f"sum({of_requests(HOST)} + sum({unattributed})) / {of_requests(HOST)}"
+    carbon = f"{direct} / {KWH} * {site} * scalar(max({INTENSITY}{{{HOST}}}))"
+    money = f"{direct} / {KWH} * {site} * scalar(max({PRICE}{{{HOST}}}))"
+    # One query: a column for each value of ``what``, whatever the label is called that they are by.
+    columns = " or ".join((
+        _column("Direct", f"{direct} / {KWH}"),
+        _column("Fully loaded", f"{direct} / {KWH} * scalar({factor})"),
+        _column("Per request", f"{direct} / {requests} / 3600"),
+        _column("CO2e", carbon),
+        _column("Money", money),
+        _column("Estimated", f"({estimated} or 0 * {direct}) / {direct}"),
+    ))  # fmt: skip
     sums = (
         Panel(
             "stat",
@@ -71,8 +92,8 @@ def showback() -> Dashboard:
         ),
         Panel(
             "stat",
-            "Requests + nobody - meter",
-            "The books: 0 but for what is on its way.",
+            "Imbalance",
+            "Requests + nobody - meter: 0 but for what is on its way.",
             [Query(f"abs({of_requests(HOST)} + sum({unattributed}) - {meter}) / {meter}", instant=True)],
             "percentunit",
             4,
@@ -110,30 +131,16 @@ def showback() -> Dashboard:
             "By $by",
             "Direct: the joules of their requests. Fully loaded: with what nobody used, shared in proportion. Estimated: the"
             " part of direct that no sensor stands behind.",
-            [
-                Query(f"{direct} / {KWH}"),
-                Query(f"{direct} / {KWH} * scalar({factor})"),
-                Query(f"{direct} / {requests} / 3600"),
-                Query(f"{direct} / {KWH} * {site} * scalar(max({INTENSITY}{{{HOST}}}))"),
-                Query(f"{direct} / {KWH} * {site} * scalar(max({PRICE}{{{HOST}}}))"),
-                Query(f"({estimated} or 0 * {direct}) / {direct}"),
-            ],
+            [Query(columns, instant=True)],
             width=24,
             height=10,
             metric=q.ATTRIBUTED,
-            columns={
-                "Value #A": "Direct",
-                "Value #B": "Fully loaded",
-                "Value #C": "Per request",
-                "Value #D": "g CO2e",
-                "Value #E": "Money",
-                "Value #F": "Estimated",
-            },
+            matrix=("what", "who"),
             units={
                 "Direct": "kwatth",
                 "Fully loaded": "kwatth",
                 "Per request": "watth",
-                "g CO2e": "massg",
+                "CO2e": "massg",
                 "Money": "none",
                 "Estimated": "percentunit",
             },
@@ -142,7 +149,7 @@ def showback() -> Dashboard:
             "timeseries",
             "Power by $by",
             "",
-            [Query(sum_of(rate(q.ATTRIBUTED, MODEL), "$by"), "{{$by}}")],
+            [Query(_who(sum_of(rate(q.ATTRIBUTED, MODEL), "$by")), "{{who}}")],
             "watt",
             12,
             9,
@@ -270,7 +277,7 @@ def health() -> Dashboard:
             "Rounds of readings",
             "",
             [Query(sum_of(rate(q.part(metrics.SAMPLER_DURATION, "count"), HOST), "instance"), target)],
-            "cps",
+            "count:rounds/s",
             8,
             metric=q.SAMPLER,
         ),

@@ -40,7 +40,7 @@ class Panel:
         width, height: on the grid of 24 columns.
         thresholds: (value, colour) from which on a colour holds, rising.
         stack: whether series are stacked.
-        columns: of a table: name of a field -> its heading; fields that are not named are left out.
+        matrix: of a table: the label that names the column, and the one that names the row.
         units: of a table: heading -> unit of the column.
         text: of a text panel, Markdown.
         metric: what the description ends with.
@@ -57,7 +57,7 @@ class Panel:
     height: int = 8
     thresholds: Sequence[tuple[float, str]] = ()
     stack: bool = False
-    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    matrix: tuple[str, str] = ("", "")
     units: Mapping[str, str] = field(default_factory=dict[str, str])
     text: str = ""
     metric: str = ""
@@ -207,6 +207,7 @@ def _panel(panel: Panel, source: Any) -> Any:
             kinds.BigValueGraphMode.AREA if not panel.queries[0].instant else kinds.BigValueGraphMode.NONE
         )
     if panel.kind == "bargauge":
+        made.text(common.VizTextDisplayOptions().title_size(14.0).value_size(18.0))
         made.orientation(kinds.VizOrientation.HORIZONTAL).display_mode(kinds.BarGaugeDisplayMode.BASIC)
         made.min(0.0)
     if panel.kind == "timeseries":
@@ -236,16 +237,13 @@ def _query(query: Query, at: int, source: Any, *, table: bool) -> Any:
 
 
 def _table(made: Any, panel: Panel, models: Any) -> None:
-    made.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
-    order = {name: at for at, name in enumerate(panel.columns)}
+    column, row = panel.matrix
+    options = {"columnField": column, "rowField": row, "valueField": "Value", "emptyValue": "null"}
+    made.with_transformation(models.DataTransformerConfig(id_val="groupingToMatrix", options=options))
+    rename = {f"{row}\\{column}": row}
     made.with_transformation(
         models.DataTransformerConfig(
-            id_val="organize",
-            options={
-                "excludeByName": {"Time": True},
-                "indexByName": order,
-                "renameByName": dict(panel.columns),
-            },
+            id_val="organize", options={"excludeByName": {}, "indexByName": {}, "renameByName": rename}
         )
     )
     for heading, unit in panel.units.items():

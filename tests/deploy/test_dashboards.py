@@ -18,7 +18,20 @@ from melodi_otel.semconv_metrics import METRICS, label_name, prometheus_name
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 NAMES = sorted(dashboards())
-UNITS = {"watt", "kwatth", "watth", "joule", "s", "bytes", "percentunit", "none", "cps", "reqps", "massg"}
+UNITS = {
+    "watt",
+    "kwatth",
+    "watth",
+    "joule",
+    "s",
+    "bytes",
+    "percentunit",
+    "none",
+    "count:tok/s",
+    "count:rounds/s",
+    "reqps",
+    "massg",
+}
 
 
 def content(name: str) -> dict[str, Any]:
@@ -68,7 +81,7 @@ def test_queries_read_series_that_exist(name: str) -> None:
         full = prometheus_name(metric)
         known |= {full, *(full.removesuffix("_bucket") + end for end in ("_sum", "_count"))}
     labels = {label_name(attribute) for metric in METRICS.values() for attribute in metric.required + metric.optional}
-    labels |= {"le", "job", "instance", "cluster", "host_id", "$by"}
+    labels |= {"le", "job", "instance", "cluster", "host_id", "$by", "who"}
     for panel in panels(name):
         for target in panel.get("targets", ()):
             expression = target["expr"]
@@ -78,7 +91,7 @@ def test_queries_read_series_that_exist(name: str) -> None:
                 assert matched in labels
             plain = re.sub(r"by \([^)]*\)|\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
             read = {word for word in re.findall(r"\b[a-zA-Z]\w*", plain) if "_" in word or word == "up"}
-            assert read - {"histogram_quantile"} <= known, expression
+            assert read - {"histogram_quantile", "label_replace", "label_join"} <= known, expression
             for window in re.findall(r"rate\([^\[]*\[([^\]]*)\]", expression):
                 assert window in {"$__rate_interval", "1h"}
 
