@@ -105,10 +105,6 @@ class Account:
             for booked in (self.attributed, accrual.booked):
                 booked[to] = booked.get(to, 0.0) + joules
 
-    def bucket(self, bucket: Bucket) -> float:
-        """J of one bucket over all holders."""
-        return math.fsum(joules for (name, _), joules in self.buckets.items() if name == bucket)
-
     def books(self, in_flight: float) -> Books:
         """The balance, given what open requests have accrued here."""
         held: dict[Bucket, list[float]] = {}

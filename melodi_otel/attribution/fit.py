@@ -111,7 +111,7 @@ class Durations:
         self._gram: Array | None = None
         self._moment: Array | None = None
         self._last: Array | None = None
-        self._scale: Array | None = None
+        self._theta: Array | None = None
 
     def add(self, x: Features, seconds: float, number: int = 1) -> None:
         """``number`` steps with these features took so long each."""
@@ -126,9 +126,7 @@ class Durations:
         """Whether a step of this length is none of the usual ones: kernels are built in it, or something held it up."""
         if seconds <= ODD_S:
             return False
-        if self._last is None or self._scale is None:
-            return True
-        return seconds > ODD * float(self._last / self._scale @ x)
+        return self._theta is None or seconds > ODD * float(self._theta @ x)
 
     def theta(self) -> Array | None:
         """Seconds per unit of each feature; None while too few steps were seen."""
@@ -138,10 +136,8 @@ class Durations:
 
         if self._new:
             # Relative errors: each row is divided by its duration.
-            rows, numbers = (
-                np.array(self._new) / np.array(self._seconds)[:, None],
-                np.array(self._numbers, dtype=np.float64),
-            )
+            rows = np.array(self._new) / np.array(self._seconds)[:, None]
+            numbers = np.array(self._numbers, dtype=np.float64)
             self._new.clear()
             self._seconds.clear()
             self._numbers.clear()
@@ -153,8 +149,9 @@ class Durations:
         assert self._moment is not None
         scale = np.sqrt(np.maximum(self._gram.diagonal(), 1e-300))
         gram = self._gram / np.outer(scale, scale) + _RIDGE * np.eye(WIDTH)
-        self._last, self._scale = nnls(gram, self._moment / scale, self._last), scale
-        return self._last / scale
+        self._last = nnls(gram, self._moment / scale, self._last)
+        self._theta = self._last / scale
+        return self._theta
 
 
 class Wander:

@@ -232,15 +232,17 @@ class Learner:
                 self._learn_again(again, roofline)
 
     def _start_over(self) -> None:
-        """What was learnt of costs does not hold any more."""
+        """What was learnt of costs does not hold any more, nor that of engines by themselves."""
+        self._drop_costs()
+        self._alone.clear()
+
+    def _drop_costs(self) -> None:
         self.fit.start_over()
         self._ratios.clear()
-        self._alone.clear()
 
     def _learn_again(self, rows: Iterable[Row], roofline: Callable[[EngineId], Theta]) -> None:
         """The delay was another one: what was learnt with it does not hold, and ``rows`` say what was done when."""
-        self.fit.start_over()
-        self._ratios.clear()
+        self._drop_costs()
         scatter = self._lasting.short
         self._lasting = Lasting()
         self._lasting.short = scatter

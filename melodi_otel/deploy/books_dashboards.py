@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from melodi_otel import semconv_metrics as metrics
 from melodi_otel.deploy import promql as q
-from melodi_otel.deploy.panels import Dashboard, Panel, Query, Variable
+from melodi_otel.deploy.panels import Dashboard, Panel, Query, Variable, stat
 from melodi_otel.deploy.queries import (
     CLUSTER,
     DEFERRED,
@@ -21,7 +21,6 @@ from melodi_otel.deploy.queries import (
     increase,
     of_requests,
     rate,
-    sum_of,
     unattributed,
 )
 
@@ -36,91 +35,71 @@ def _column(heading: str, expression: str) -> str:
     return f'label_replace({_who(expression)}, "what", "{heading}", "", "")'
 
 
+def _at_the_site(joules: str, per_kwh: str) -> str:
+    """What joules come to at the site, PUE included, by a figure per kWh that the meters publish."""
+    site = f"scalar(max({PUE}{{{HOST}}}) or vector(1))"
+    return f"{joules} / {KWH} * {site} * scalar(max({per_kwh}{{{HOST}}}))"
+
+
 def showback() -> Dashboard:
     """Who used how much, with a sum that equals the meter."""
-    direct = f"{sum_of(increase(q.ATTRIBUTED, MODEL), '$by')}"
-    estimated = sum_of(increase(q.ATTRIBUTED, f'{MODEL},{q.QUALITY}!~"measured|interpolated"'), "$by")
-    requests = sum_of(increase(q.REQUESTS, MODEL), "$by")
-    unattributed = q.once(increase(q.UNATTRIBUTED, HOST), q.HW_TYPE, q.BUCKET, q.HOLDER_SERVICE, q.HOLDER_MODEL)
+    direct = f"{q.sum_of(increase(q.ATTRIBUTED, MODEL), '$by')}"
+    estimated = q.sum_of(increase(q.ATTRIBUTED, f'{MODEL},{q.QUALITY}!~"measured|interpolated"'), "$by")
+    requests = q.sum_of(increase(q.REQUESTS, MODEL), "$by")
+    nobody = unattributed(increase)
     meter = f"sum({q.once(increase(q.HW_ENERGY, HOST))})"
-    site = f"scalar(max({PUE}{{{HOST}}}) or vector(1))"
-    factor = f"sum({of_requests(HOST)} + sum({unattributed})) / {of_requests(HOST)}"
-    carbon = f"{direct} / {KWH} * {site} * scalar(max({INTENSITY}{{{HOST}}}))"
-    money = f"{direct} / {KWH} * {site} * scalar(max({PRICE}{{{HOST}}}))"
+    factor = f"sum({of_requests(HOST)} + sum({nobody})) / {of_requests(HOST)}"
     # One query: a column for each value of ``what``, whatever the label is called that they are by.
     columns = " or ".join((
         _column("Direct", f"{direct} / {KWH}"),
         _column("Fully loaded", f"{direct} / {KWH} * scalar({factor})"),
         _column("Per request", f"{direct} / {requests} / 3600"),
-        _column("CO2e", carbon),
-        _column("Money", money),
+        _column("CO2e", _at_the_site(direct, INTENSITY)),
+        _column("Money", _at_the_site(direct, PRICE)),
         _column("Estimated", f"({estimated} or 0 * {direct}) / {direct}"),
     ))  # fmt: skip
     sums = (
-        Panel(
-            "stat",
+        stat(
             "The meter",
             "All joules that the devices' meters counted in this range.",
-            [Query(f"{meter} / {KWH}", instant=True)],
+            f"{meter} / {KWH}",
             "kwatth",
-            4,
-            4,
-            metric=q.HW_ENERGY,
+            q.HW_ENERGY,
             decimals=4,
         ),
-        Panel(
-            "stat",
-            "Requests",
-            "What of it requests used.",
-            [Query(f"{of_requests(HOST)} / {KWH}", instant=True)],
-            "kwatth",
-            4,
-            4,
-            metric=q.ATTRIBUTED,
-            decimals=4,
+        stat(
+            "Requests", "What of it requests used.", f"{of_requests(HOST)} / {KWH}", "kwatth", q.ATTRIBUTED, decimals=4
         ),
-        Panel(
-            "stat",
+        stat(
             "Nobody",
             "Idle, tail, loading, others' and unsampled energy.",
-            [Query(f"sum({unattributed}) / {KWH}", instant=True)],
+            f"sum({nobody}) / {KWH}",
             "kwatth",
-            4,
-            4,
-            metric=q.UNATTRIBUTED,
+            q.UNATTRIBUTED,
             decimals=4,
         ),
-        Panel(
-            "stat",
+        stat(
             "Imbalance",
             "Requests + nobody - meter: 0 but for what is on its way.",
-            [Query(f"abs({of_requests(HOST)} + sum({unattributed}) - {meter}) / {meter}", instant=True)],
+            f"abs({of_requests(HOST)} + sum({nobody}) - {meter}) / {meter}",
             "percentunit",
-            4,
-            4,
-            [(0.02, "orange")],
-            metric=q.RESIDUAL,
+            q.RESIDUAL,
+            thresholds=[(0.02, "orange")],
         ),
-        Panel(
-            "stat",
+        stat(
             "Carbon",
             "Of all joules, by the intensity and PUE that the meters publish.",
-            [Query(f"{meter} / {KWH} * {site} * scalar(max({INTENSITY}{{{HOST}}}))", instant=True)],
+            _at_the_site(meter, INTENSITY),
             "massg",
-            4,
-            4,
-            metric=INTENSITY,
+            INTENSITY,
             nothing="MELODI_CARBON_INTENSITY is not set",
         ),
-        Panel(
-            "stat",
+        stat(
             "Money",
             "Of all joules, by the price and PUE that the meters publish, in the currency they are set in.",
-            [Query(f"{meter} / {KWH} * {site} * scalar(max({PRICE}{{{HOST}}}))", instant=True)],
+            _at_the_site(meter, PRICE),
             "none",
-            4,
-            4,
-            metric=PRICE,
+            PRICE,
             decimals=4,
             nothing="MELODI_ENERGY_PRICE is not set",
         ),
@@ -149,7 +128,7 @@ def showback() -> Dashboard:
             "timeseries",
             "Power by $by",
             "",
-            [Query(_who(sum_of(rate(q.ATTRIBUTED, MODEL), "$by")), "{{who}}")],
+            [Query(_who(q.sum_of(rate(q.ATTRIBUTED, MODEL), "$by")), "{{who}}")],
             "watt",
             12,
             9,
@@ -162,7 +141,7 @@ def showback() -> Dashboard:
             "In this range.",
             [
                 Query(
-                    f"{sum_of(unattributed, q.BUCKET, q.HOLDER_MODEL)} / {KWH}",
+                    f"{q.sum_of(nobody, q.BUCKET, q.HOLDER_MODEL)} / {KWH}",
                     f"{{{{{q.BUCKET}}}}} {{{{{q.HOLDER_MODEL}}}}}",
                     instant=True,
                 )
@@ -196,39 +175,39 @@ def showback() -> Dashboard:
 def health() -> Dashboard:
     """Whether the figures can be trusted."""
     target = "{{instance}}"
-    booked = f"{sum_of(rate(q.ATTRIBUTED, HOST), *q.DEVICE)} + {sum_of(unattributed(), *q.DEVICE)}"
+    booked = f"{q.sum_of(rate(q.ATTRIBUTED, HOST), *q.DEVICE)} + {q.sum_of(unattributed(), *q.DEVICE)}"
     books = (
-        Panel(
-            "stat",
+        stat(
             "Publishers per device",
             "More than one: two meters publish the same device.",
-            [Query(f"max(count {q.by(*q.DEVICE)} ({q.HW_ENERGY}{{{HOST}}}))")],
+            f"max(count {q.by(*q.DEVICE)} ({q.HW_ENERGY}{{{HOST}}}))",
             "none",
-            6,
-            5,
-            [(2.0, "orange")],
-            metric=q.HW_ENERGY,
+            q.HW_ENERGY,
+            course=True,
+            thresholds=[(2.0, "orange")],
+            width=6,
+            height=5,
         ),
-        Panel(
-            "stat",
+        stat(
             "Meters that answer",
             "Part of the devices' meters.",
-            [Query(f"avg({q.SOURCE_UP}{{{HOST}}})")],
+            f"avg({q.SOURCE_UP}{{{HOST}}})",
             "percentunit",
-            6,
-            5,
-            metric=q.SOURCE_UP,
+            q.SOURCE_UP,
+            course=True,
+            width=6,
+            height=5,
         ),
-        Panel(
-            "stat",
+        stat(
             "Oldest reading",
             "",
-            [Query(f"max({q.SAMPLE_AGE}{{{HOST}}})")],
+            f"max({q.SAMPLE_AGE}{{{HOST}}})",
             "s",
-            6,
-            5,
-            [(5.0, "yellow"), (300.0, "orange")],
-            metric=q.SAMPLE_AGE,
+            q.SAMPLE_AGE,
+            course=True,
+            thresholds=[(5.0, "yellow"), (300.0, "orange")],
+            width=6,
+            height=5,
         ),
         Panel("stat", "Endpoints that answer", "", [Query('avg(up{job=~"$job"})')], "percentunit", 6, 5, metric="up"),
         Panel(
@@ -258,7 +237,7 @@ def health() -> Dashboard:
             "timeseries",
             "Sampler, p99 of a round",
             "",
-            [Query(f"histogram_quantile(0.99, {sum_of(rate(q.SAMPLER, HOST), 'le', 'instance')})", target)],
+            [Query(f"histogram_quantile(0.99, {q.sum_of(rate(q.SAMPLER, HOST), 'le', 'instance')})", target)],
             "s",
             8,
             metric=q.SAMPLER,
@@ -267,7 +246,7 @@ def health() -> Dashboard:
             "timeseries",
             "Spans that wait for their joules",
             "",
-            [Query(sum_of(f"{DEFERRED}{{{HOST}}}", "instance"), target)],
+            [Query(q.sum_of(f"{DEFERRED}{{{HOST}}}", "instance"), target)],
             "none",
             8,
             metric=DEFERRED,
@@ -276,7 +255,7 @@ def health() -> Dashboard:
             "timeseries",
             "Rounds of readings",
             "",
-            [Query(sum_of(rate(q.part(metrics.SAMPLER_DURATION, "count"), HOST), "instance"), target)],
+            [Query(q.sum_of(rate(q.part(metrics.SAMPLER_DURATION, "count"), HOST), "instance"), target)],
             "count:rounds/s",
             8,
             metric=q.SAMPLER,

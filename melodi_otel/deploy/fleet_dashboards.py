@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from melodi_otel.deploy import promql as q
-from melodi_otel.deploy.panels import Dashboard, Panel, Query
+from melodi_otel.deploy.panels import Dashboard, Panel, Query, stat
 from melodi_otel.deploy.queries import (
     ACTIVE,
     CLUSTER,
@@ -15,13 +15,11 @@ from melodi_otel.deploy.queries import (
     MEMORY,
     MODEL,
     MODELS,
-    OUTPUT,
+    RATE,
     increase,
     of_requests,
-    per_ktok,
     quantile,
     rate,
-    sum_of,
     unattributed,
 )
 
@@ -30,70 +28,27 @@ def overview() -> Dashboard:
     """Where the joules go, over the whole fleet."""
     power = f"sum({q.once(rate(q.HW_ENERGY, HOST))})"
     energy = f"sum({q.once(increase(q.HW_ENERGY, HOST))}) / {KWH}"
-    idle = f"sum({q.once(increase(q.UNATTRIBUTED, HOST), q.BUCKET, q.HOLDER_SERVICE, q.HOLDER_MODEL)})"
-    ktok = f"1000 * {of_requests()} / sum({increase(q.TOKENS, f'{MODEL},{OUTPUT}')})"
+    idle = f"sum({unattributed(increase)})"
+    ktok = f"1000 * {of_requests()} / sum({increase(q.TOKENS, f'{MODEL},{q.OUTPUT}')})"
     first = (
-        Panel(
-            "stat",
-            "Power",
-            "All metered devices, from their counters.",
-            [Query(power)],
-            "watt",
-            4,
-            4,
-            metric=q.HW_ENERGY,
-        ),
-        Panel(
-            "stat",
-            "Energy",
-            "What the meters counted.",
-            [Query(energy, instant=True)],
-            "kwatth",
-            4,
-            4,
-            metric=q.HW_ENERGY,
-            decimals=3,
-        ),
-        Panel(
-            "stat",
+        stat("Power", "All metered devices, from their counters.", power, "watt", q.HW_ENERGY, course=True),
+        stat("Energy", "What the meters counted.", energy, "kwatth", q.HW_ENERGY, decimals=3),
+        stat(
             "J / 1k tokens",
             "Output tokens; all joules of requests, idle power while they ran included.",
-            [Query(ktok, instant=True)],
+            ktok,
             "joule",
-            4,
-            4,
-            metric=q.ATTRIBUTED,
+            q.ATTRIBUTED,
         ),
-        Panel(
-            "stat",
-            "Request, p50",
-            "",
-            [Query(quantile(0.5, q.REQUEST_ENERGY))],
-            "joule",
-            4,
-            4,
-            metric=q.REQUEST_ENERGY,
-        ),
-        Panel(
-            "stat",
-            "Request, p95",
-            "",
-            [Query(quantile(0.95, q.REQUEST_ENERGY))],
-            "joule",
-            4,
-            4,
-            metric=q.REQUEST_ENERGY,
-        ),
-        Panel(
-            "stat",
+        stat("Request, p50", "", quantile(0.5, q.REQUEST_ENERGY), "joule", q.REQUEST_ENERGY, course=True),
+        stat("Request, p95", "", quantile(0.95, q.REQUEST_ENERGY), "joule", q.REQUEST_ENERGY, course=True),
+        stat(
             "Nobody's",
             "Part of the joules that no request used: idle, tail, loading, others, not sampled.",
-            [Query(f"{idle} / ({idle} + {of_requests(HOST)})", instant=True)],
+            f"{idle} / ({idle} + {of_requests(HOST)})",
             "percentunit",
-            4,
-            4,
-            [(0.5, "yellow"), (0.8, "orange")],
-            metric=q.UNATTRIBUTED,
+            q.UNATTRIBUTED,
+            thresholds=[(0.5, "yellow"), (0.8, "orange")],
         ),
     )
     where = (
@@ -103,7 +58,7 @@ def overview() -> Dashboard:
             "What requests used, and what nobody did, by why.",
             [
                 Query(f"sum({rate(q.ATTRIBUTED, HOST)})", "requests"),
-                Query(sum_of(unattributed(), q.BUCKET), f"{{{{{q.BUCKET}}}}}"),
+                Query(q.sum_of(unattributed(), q.BUCKET), f"{{{{{q.BUCKET}}}}}"),
             ],
             "watt",
             12,
@@ -115,7 +70,7 @@ def overview() -> Dashboard:
             "timeseries",
             "Power by host",
             "Each device once.",
-            [Query(sum_of(q.once(rate(q.HW_ENERGY, HOST)), q.HOST), f"{{{{{q.HOST}}}}}")],
+            [Query(q.sum_of(q.once(rate(q.HW_ENERGY, HOST)), q.HOST), f"{{{{{q.HOST}}}}}")],
             "watt",
             12,
             9,
@@ -128,7 +83,7 @@ def overview() -> Dashboard:
             "bargauge",
             "Energy by model",
             "Joules of their requests in this range.",
-            [Query(f"{sum_of(increase(q.ATTRIBUTED, MODEL), q.MODEL)} / {KWH}", f"{{{{{q.MODEL}}}}}", instant=True)],
+            [Query(f"{q.sum_of(increase(q.ATTRIBUTED, MODEL), q.MODEL)} / {KWH}", f"{{{{{q.MODEL}}}}}", instant=True)],
             "kwatth",
             24,
             5,
@@ -139,7 +94,7 @@ def overview() -> Dashboard:
             "timeseries",
             "J per 1,000 output tokens by model",
             "",
-            [Query(per_ktok(), f"{{{{{q.MODEL}}}}}")],
+            [Query(q.per_ktok(RATE, q.MODEL, which=MODEL), f"{{{{{q.MODEL}}}}}")],
             "joule",
             12,
             8,
@@ -169,8 +124,7 @@ def models() -> Dashboard:
     """What requests and tokens of each model cost, and whether that is within its budget."""
     legend = f"{{{{{q.MODEL}}}}}"
     budget = f"max {q.by(q.MODEL)} ({q.BUDGET}{{{HOST}}})"
-    over = sum_of(rate(q.OVER_BUDGET, MODEL, "1h"), q.MODEL)
-    judged = sum_of(rate(q.REQUESTS, f'{MODEL},{q.QUALITY}!="unavailable"', "1h"), q.MODEL)
+    over = q.share_over_budget("1h", q.MODEL, which=MODEL)
     energy = (
         Panel(
             "timeseries",
@@ -194,7 +148,7 @@ def models() -> Dashboard:
             "timeseries",
             "J per 1,000 output tokens",
             "With the budgets that are set (MELODI_ENERGY_BUDGET).",
-            [Query(per_ktok(), legend), Query(budget, f"budget {legend}")],
+            [Query(q.per_ktok(RATE, q.MODEL, which=MODEL), legend), Query(budget, f"budget {legend}")],
             "joule",
             8,
             metric=q.ATTRIBUTED,
@@ -203,7 +157,7 @@ def models() -> Dashboard:
             "timeseries",
             "Prompts, decoding, idle power",
             "What the joules of requests are of.",
-            [Query(sum_of(rate(q.ATTRIBUTED, MODEL), q.PHASE), f"{{{{{q.PHASE}}}}}")],
+            [Query(q.sum_of(rate(q.ATTRIBUTED, MODEL), q.PHASE), f"{{{{{q.PHASE}}}}}")],
             "watt",
             12,
             stack=True,
@@ -213,7 +167,7 @@ def models() -> Dashboard:
             "timeseries",
             "Output tokens",
             "",
-            [Query(sum_of(rate(q.TOKENS, f"{MODEL},{OUTPUT}"), q.MODEL), f"{legend}")],
+            [Query(q.sum_of(rate(q.TOKENS, f"{MODEL},{q.OUTPUT}"), q.MODEL), f"{legend}")],
             "count:tok/s",
             12,
             metric=q.TOKENS,
@@ -224,7 +178,7 @@ def models() -> Dashboard:
             "timeseries",
             "Requests over budget, last hour",
             "Part of the requests that used more joules per output token than their model's budget.",
-            [Query(f"{over} / ({judged} > 0)", legend)],
+            [Query(over, legend)],
             "percentunit",
             12,
             thresholds=[(0.05, "orange")],
@@ -235,7 +189,7 @@ def models() -> Dashboard:
             "timeseries",
             "Burn rate, last hour",
             "Times the share that may be over budget (5 %): above 1 the allowance does not last.",
-            [Query(f"{over} / ({judged} > 0) / 0.05", legend)],
+            [Query(f"{over} / 0.05", legend)],
             "none",
             12,
             thresholds=[(1.0, "yellow"), (14.4, "orange")],
@@ -248,7 +202,7 @@ def models() -> Dashboard:
             "timeseries",
             "Requests by quality",
             "How good their joules are.",
-            [Query(sum_of(rate(q.REQUESTS, MODEL), q.QUALITY), f"{{{{{q.QUALITY}}}}}")],
+            [Query(q.sum_of(rate(q.REQUESTS, MODEL), q.QUALITY), f"{{{{{q.QUALITY}}}}}")],
             "reqps",
             8,
             stack=True,
@@ -258,7 +212,7 @@ def models() -> Dashboard:
             "timeseries",
             "Requests by outcome",
             "",
-            [Query(sum_of(rate(q.REQUESTS, MODEL), q.OUTCOME), f"{{{{{q.OUTCOME}}}}}")],
+            [Query(q.sum_of(rate(q.REQUESTS, MODEL), q.OUTCOME), f"{{{{{q.OUTCOME}}}}}")],
             "reqps",
             8,
             stack=True,
@@ -268,7 +222,7 @@ def models() -> Dashboard:
             "timeseries",
             "Requests in flight",
             "",
-            [Query(sum_of(f"{ACTIVE}{{{MODEL}}}", q.MODEL), legend)],
+            [Query(q.sum_of(f"{ACTIVE}{{{MODEL}}}", q.MODEL), legend)],
             "none",
             8,
             metric=ACTIVE,
@@ -325,7 +279,12 @@ def hosts() -> Dashboard:
             "timeseries",
             "Idle power by holder",
             "Devices on which no request runs, by the model that holds them.",
-            [Query(sum_of(unattributed(f'{HOST},{q.BUCKET}="idle"'), q.HOLDER_MODEL), f"{{{{{q.HOLDER_MODEL}}}}}")],
+            [
+                Query(
+                    q.sum_of(unattributed(which=f'{HOST},{q.BUCKET}="idle"'), q.HOLDER_MODEL),
+                    f"{{{{{q.HOLDER_MODEL}}}}}",
+                )
+            ],
             "watt",
             12,
             stack=True,

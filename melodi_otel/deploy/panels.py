@@ -65,6 +65,14 @@ class Panel:
     nothing: str = NOTHING
 
 
+def stat(
+    title: str, description: str, expression: str, unit: str, metric: str, *, course: bool = False, **more: Any
+) -> Panel:
+    """One small figure: of the whole picked range or, with its ``course`` behind it, of now."""
+    more = {"width": 4, "height": 4, **more}
+    return Panel("stat", title, description, [Query(expression, instant=not course)], unit, metric=metric, **more)
+
+
 @dataclass(frozen=True, slots=True)
 class Variable:
     """A drop-down: the values of ``label`` on ``metric``, or a fixed list."""

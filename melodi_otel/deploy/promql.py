@@ -68,6 +68,37 @@ def without(*labels: str) -> str:
     return f"without ({', '.join(labels)})"
 
 
+def rate(metric: str, window: str, which: str = "") -> str:
+    """Per second, of the series that ``which`` picks."""
+    return f"rate({metric}{{{which}}}[{window}])" if which else f"rate({metric}[{window}])"
+
+
+def sum_of(expression: str, *labels: str) -> str:
+    """By labels, or of everything."""
+    return f"sum {by(*labels)} ({expression})" if labels else f"sum({expression})"
+
+
+def also(*selectors: str) -> str:
+    """All of these selectors; empty ones pick everything."""
+    return ",".join(selector for selector in selectors if selector)
+
+
+OUTPUT: Final = f'{TOKEN_TYPE}="output"'
+
+
+def per_ktok(window: str, *labels: str, which: str = "") -> str:
+    """J per 1,000 output tokens; nothing where there were no tokens."""
+    joules = sum_of(rate(ATTRIBUTED, window, which), *labels)
+    return f"1000 * {joules} / ({sum_of(rate(TOKENS, window, also(which, OUTPUT)), *labels)} > 0)"
+
+
+def share_over_budget(window: str, *labels: str, which: str = "") -> str:
+    """Part of the requests that used more than their model's budget; those whose joules are not known do not count."""
+    over = sum_of(rate(OVER_BUDGET, window, which), *labels)
+    judged = sum_of(rate(REQUESTS, window, also(which, f'{QUALITY}!="unavailable"')), *labels)
+    return f"{over} / ({judged} > 0)"
+
+
 def once(expression: str, *labels: str) -> str:
     """A device's series once, whoever publishes it: two publishers never make a device use twice."""
     return f"max {by(*DEVICE, *labels)} ({expression})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from melodi_otel import semconv_metrics as metrics
@@ -14,7 +15,6 @@ RATE: Final = "$__rate_interval"
 HOST: Final = f'{q.CLUSTER}=~"$cluster",job=~"$job",{q.HOST}=~"$host"'
 """What is picked of hosts; :data:`MODEL`: and of models."""
 MODEL: Final = f'{HOST},{q.MODEL}=~"$model"'
-OUTPUT: Final = f'{q.TOKEN_TYPE}="output"'
 
 HW_POWER: Final = prometheus_name(metrics.HW_POWER)
 MEMORY: Final = prometheus_name(metrics.HW_GPU_MEMORY)
@@ -31,9 +31,9 @@ HOSTS: Final = Variable("host", "Host", q.HW_ENERGY, q.HOST)
 MODELS: Final = Variable("model", "Model", q.ATTRIBUTED, q.MODEL)
 
 
-def rate(metric: str, which: str, window: str = RATE) -> str:
+def rate(metric: str, which: str) -> str:
     """Per second."""
-    return f"rate({metric}{{{which}}}[{window}])"
+    return q.rate(metric, RATE, which)
 
 
 def increase(metric: str, which: str) -> str:
@@ -41,27 +41,16 @@ def increase(metric: str, which: str) -> str:
     return f"increase({metric}{{{which}}}[$__range])"
 
 
-def sum_of(expression: str, *labels: str) -> str:
-    """By labels, or of everything."""
-    return f"sum {q.by(*labels)} ({expression})" if labels else f"sum({expression})"
-
-
 def of_requests(which: str = MODEL) -> str:
     """J of requests in the range that is picked."""
     return f"sum({increase(q.ATTRIBUTED, which)})"
 
 
-def per_ktok(window: str = RATE) -> str:
-    """J per 1,000 output tokens of each model; nothing where there were no tokens."""
-    joules = sum_of(rate(q.ATTRIBUTED, MODEL, window), q.MODEL)
-    return f"1000 * {joules} / ({sum_of(rate(q.TOKENS, f'{MODEL},{OUTPUT}', window), q.MODEL)} > 0)"
-
-
 def quantile(share: float, metric: str, *labels: str) -> str:
     """Of a histogram of requests."""
-    return f"histogram_quantile({share}, {sum_of(rate(metric, MODEL), 'le', *labels)})"
+    return f"histogram_quantile({share}, {q.sum_of(rate(metric, MODEL), 'le', *labels)})"
 
 
-def unattributed(which: str = HOST) -> str:
-    """W that no request uses, each device once."""
-    return q.once(rate(q.UNATTRIBUTED, which), q.HW_TYPE, q.BUCKET, q.HOLDER_SERVICE, q.HOLDER_MODEL)
+def unattributed(of: Callable[[str, str], str] = rate, which: str = HOST) -> str:
+    """What no request uses, each device once: W by :func:`rate`, J of the picked range by :func:`increase`."""
+    return q.once(of(q.UNATTRIBUTED, which), q.HW_TYPE, q.BUCKET, q.HOLDER_SERVICE, q.HOLDER_MODEL)

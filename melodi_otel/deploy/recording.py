@@ -41,20 +41,6 @@ def power(settings: Settings) -> str:
     return q.once(f"rate({q.HW_ENERGY}[{settings.span(settings.short_s)}])", q.HW_TYPE, q.HW_NAME)
 
 
-def per_ktok(window: str) -> str:
-    """J per 1,000 output tokens of each model; nothing where there were no tokens."""
-    joules = f"sum {q.by(q.CLUSTER, q.MODEL)} (rate({q.ATTRIBUTED}[{window}]))"
-    tokens = f'sum {q.by(q.CLUSTER, q.MODEL)} (rate({q.TOKENS}{{{q.TOKEN_TYPE}="output"}}[{window}]))'
-    return f"1000 * {joules} / ({tokens} > 0)"
-
-
-def share_over_budget(window: str) -> str:
-    """Part of each model's requests that used more than its budget."""
-    over = f"sum {q.by(q.CLUSTER, q.MODEL)} (rate({q.OVER_BUDGET}[{window}]))"
-    judged = f'sum {q.by(q.CLUSTER, q.MODEL)} (rate({q.REQUESTS}{{{q.QUALITY}!="unavailable"}}[{window}]))'
-    return f"{over} / ({judged} > 0)"
-
-
 def budget(settings: Settings) -> str:
     """Each model's budget: its own, else the one of all models."""
     own = f'max {q.by(q.CLUSTER, q.MODEL)} ({q.BUDGET}{{{q.MODEL}!=""}})'
@@ -86,8 +72,8 @@ def groups(settings: Settings) -> list[dict[str, Any]]:
                     MODEL_TOKENS,
                     f'sum {q.by(q.CLUSTER, q.MODEL)} (rate({q.TOKENS}{{{q.TOKEN_TYPE}="output"}}[{short}]))',
                 ),
-                _rule(PER_KTOK, per_ktok(short)),
-                _rule(PER_KTOK_HOUR, per_ktok(settings.span(HOUR))),
+                _rule(PER_KTOK, q.per_ktok(short, q.CLUSTER, q.MODEL)),
+                _rule(PER_KTOK_HOUR, q.per_ktok(settings.span(HOUR), q.CLUSTER, q.MODEL)),
                 _rule(MODEL_BUDGET, budget(settings)),
                 _rule(P50, quantile(0.5, settings)),
                 _rule(P95, quantile(0.95, settings)),
@@ -97,7 +83,10 @@ def groups(settings: Settings) -> list[dict[str, Any]]:
             "name": "melodi_otel.slo.rules",
             "interval": every,
             "rules": [
-                _rule(over_budget(name), share_over_budget(settings.span(max(seconds, settings.short_s))))
+                _rule(
+                    over_budget(name),
+                    q.share_over_budget(settings.span(max(seconds, settings.short_s)), q.CLUSTER, q.MODEL),
+                )
                 for name, seconds in WINDOWS.items()
             ],
         },

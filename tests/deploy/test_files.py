@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -26,8 +27,6 @@ DEPLOY = ROOT / "deploy"
 def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run promtool or amtool; where it is missing CI fails and others skip."""
     if shutil.which(name) is None:
-        import os
-
         reason = f"{name} is not installed; on Debian: apt-get install prometheus prometheus-alertmanager"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     return subprocess.run(

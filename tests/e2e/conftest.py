@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -97,7 +98,38 @@ def environment(live_package: Path) -> Callable[..., dict[str, str]]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def system_program() -> Callable[[str], str]:
+    """``system_program("prometheus")``: its path; missing it is a skip for a user and a failure where CI is set."""
+
+    def find(name: str) -> str:
+        found = shutil.which(name)
+        if found is None:
+            reason = f"{name} is not installed; on Debian: apt-get install {name}"
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        assert found is not None
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def bench_module() -> Callable[[str], ModuleType]:
+    """``bench_module("accuracy")``: the program ``bench/accuracy.py`` as a module."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", CHECKOUT / "bench" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """``free_port()``: a port of the loopback that nobody listens on."""
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,21 +22,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(150)]
 ROOT = Path(__file__).parents[2]
 TRIAL = Settings(trial=240.0, scrape_interval_s=0.5)
 """An hour is 15 s."""
-
-
-def program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is not installed; on Debian: apt-get install prometheus prometheus-alertmanager"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    assert found is not None
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
 
 
 class Tickets:
@@ -96,12 +78,16 @@ def started(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_budget_that_is_left_becomes_a_ticket(
-    tmp_path: Path, started: Any, tickets: Tickets, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    started: Any,
+    tickets: Tickets,
+    capsys: pytest.CaptureFixture[str],
+    free_port: Callable[[], int],
+    system_program: Callable[[str], str],
 ) -> None:
     """Within a minute: of the model that is over its budget, by both alerts, and not of the one within."""
-    prometheus, alertmanager = program("prometheus"), program("prometheus-alertmanager")
-    if shutil.which("gcc") is None and shutil.which("cc") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("the fake NVML library needs gcc")
+    prometheus, alertmanager = system_program("prometheus"), system_program("prometheus-alertmanager")
+    system_program("gcc")  # of the fake NVML library
     load, rules, routes = free_port(), free_port(), free_port()
     rules_folder = tmp_path / "rules"
     rules_folder.mkdir()

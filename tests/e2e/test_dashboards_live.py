@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,20 +23,13 @@ ROOT = Path(__file__).parents[2]
 Ask = Callable[[str], list[Any]]
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+def ask(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], system_program: Callable[[str], str]
+) -> Iterator[Ask]:
     """``ask(promql)`` at the newest moment: two hosts under load for 25 s, one of them scraped twice as if by two publishers."""
-    if shutil.which("prometheus") is None or (shutil.which("gcc") or shutil.which("cc")) is None:
-        reason = "prometheus or gcc is not installed; on Debian: apt-get install prometheus gcc"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    prometheus = system_program("prometheus")
+    system_program("gcc")  # of the fake NVML library
     place = tmp_path_factory.mktemp("live")
     ports, own = (free_port(), free_port()), free_port()
     trial = Settings(trial=240.0, scrape_interval_s=1.0)
@@ -74,7 +65,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         running.append(
             subprocess.Popen(
                 [
-                    "prometheus", f"--config.file={place}/p.yml", f"--storage.tsdb.path={place}/tsdb",
+                    prometheus, f"--config.file={place}/p.yml", f"--storage.tsdb.path={place}/tsdb",
                     f"--web.listen-address=127.0.0.1:{own}", "--enable-feature=exemplar-storage",
                 ], stdout=log, stderr=log,
             )
