@@ -101,7 +101,7 @@ class Server:
             call.end(End(self.runtime.calls.now_ns(), made, "abort"))
 
 
-def serve(number: int, port: int, seconds: float, budget: str, ready: multiprocessing.Queue[str]) -> None:
+def serve(number: int, address: str, port: int, seconds: float, budget: str, ready: multiprocessing.Queue[str]) -> None:
     """One host: its boards, its meter, its endpoint."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chance = random.Random(number)  # noqa: S311  # a load, no secret
@@ -116,7 +116,7 @@ def serve(number: int, port: int, seconds: float, budget: str, ready: multiproce
             "MELODI_SOURCES": "nvml",
             "MELODI_HUB": "local",
             "MELODI_HOST_ID": f"simulated-{number}",
-            "MELODI_METRICS_ADDR": f"127.0.0.1:{port}",
+            "MELODI_METRICS_ADDR": f"{address}:{port}",
             "MELODI_LABELS": "tenant=user",
             "MELODI_METRIC_LABELS": "tenant",
             "MELODI_CARBON_INTENSITY": "380",
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1, help="hosts with two boards each")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long, an hour at most")
     parser.add_argument("--port", type=int, default=0, help="of the first endpoint; 0: the system chooses all of them")
+    parser.add_argument("--address", default="127.0.0.1", help="where the endpoints listen")
     parser.add_argument("--first", type=int, default=0, help="number of the first host")
     parser.add_argument("--budget", default="", help="MELODI_ENERGY_BUDGET of all of them")
     options = parser.parse_args()
@@ -170,6 +171,7 @@ def main() -> None:
             target=serve,
             args=(
                 options.first + n,
+                options.address,
                 options.port and options.port + n,
                 min(3600.0, options.seconds),
                 options.budget,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from melodi_otel.deploy import alerts, panels, recording
+from melodi_otel.deploy import alerts, panels, recording, stack
 from melodi_otel.deploy.dashboards import dashboards
 from melodi_otel.deploy.settings import Settings
 from melodi_otel.errors import DeployError, MissingDependency
@@ -20,6 +20,7 @@ DASHBOARDS: Final = "grafana/dashboards"
 DATA_SOURCE: Final = "grafana/provisioning/datasources/melodi_otel.yml"
 PROVIDER: Final = "grafana/provisioning/dashboards/melodi_otel.yml"
 ALERTMANAGER: Final = "alertmanager/alertmanager.yml"
+CHART: Final = "kubernetes/melodi-otel"
 
 _PACKED: Final = Path(__file__).parent / "shipped"
 _SOURCE: Final = Path(__file__).parents[2] / "deploy"
@@ -52,16 +53,33 @@ def files(settings: Settings) -> dict[str, str]:
     Raises:
         MissingDependency: PyYAML or Grafana's foundation SDK is not installed; the message has the pip line.
     """
+    boards = {name: panels.build(made) for name, made in dashboards().items()}
+    rules, tickets = document({"groups": recording.groups(settings)}), document({"groups": alerts.groups(settings)})
     return {
-        RULES: document({"groups": recording.groups(settings)}),
-        ALERTS: document({"groups": alerts.groups(settings)}),
+        RULES: rules,
+        ALERTS: tickets,
         SCRAPE: document(scrape(settings)),
         KUBERNETES: document(kubernetes(settings)),
         TARGETS: document([{"targets": ["127.0.0.1:9464"], "labels": {"cluster": "laptop"}}]),
-        ALERTMANAGER: document(alertmanager()),
-        **{f"{DASHBOARDS}/{name}.json": panels.build(made) for name, made in dashboards().items()},
+        ALERTMANAGER: document(alertmanager("http://127.0.0.1:8080/tickets")),
+        **{f"{DASHBOARDS}/{name}.json": made for name, made in boards.items()},
+        # A chart reads files below its own folder only.
+        **{f"{CHART}/files/dashboards/{name}.json": made for name, made in boards.items()},
+        f"{CHART}/files/{Path(RULES).name}": rules,
+        f"{CHART}/files/{Path(ALERTS).name}": tickets,
         DATA_SOURCE: document(data_source(settings)),
         PROVIDER: document(provider()),
+        stack.COLLECTOR: document(stack.collector(settings)),
+        stack.BALANCER: document(stack.balancer()),
+        stack.TEMPO: document(stack.tempo()),
+        stack.COMPOSE: document(stack.compose()),
+        stack.COMPOSE_PROMETHEUS: document(
+            scrape(settings, ("agent:9464", "demo:9470", "demo:9471"), alertmanagers="alertmanager:9093")
+        ),
+        stack.COMPOSE_ALERTMANAGER: document(alertmanager(None)),
+        stack.COMPOSE_SOURCES: document(
+            data_source(settings, "http://prometheus:9090", stack.tempo_source("http://tempo:3200"))
+        ),
     }
 
 
@@ -86,17 +104,22 @@ def document(content: Any) -> str:
     return _HEAD + yaml.dump(content, Dumper=Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
-def scrape(settings: Settings) -> Mapping[str, Any]:
-    """Scrape configuration: hosts in a file that is read again when it changes, and this Prometheus' rules."""
+def scrape(settings: Settings, targets: Sequence[str] = (), alertmanagers: str = "127.0.0.1:9093") -> Mapping[str, Any]:
+    """Scrape configuration: these hosts, else those in a file that is read again when it changes, and Prometheus' rules."""
+    hosts = (
+        {"static_configs": [{"targets": [*targets]}]}
+        if targets
+        else {"file_sd_configs": [{"files": ["targets/*.yml"]}]}
+    )
     return {
         "global": {
             "scrape_interval": settings.span(settings.scrape_interval_s * settings.trial),
             "evaluation_interval": settings.span(max(15.0, settings.scrape_interval_s * settings.trial)),
         },
         "rule_files": ["rules/melodi_otel.*.yml"],
-        "alerting": {"alertmanagers": [{"static_configs": [{"targets": ["127.0.0.1:9093"]}]}]},
+        "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanagers]}]}]},
         "scrape_configs": [
-            {"job_name": "melodi_otel", "file_sd_configs": [{"files": ["targets/*.yml"]}]},
+            {"job_name": "melodi_otel", **hosts},
         ],
     }
 
@@ -124,7 +147,9 @@ def kubernetes(settings: Settings) -> Mapping[str, Any]:
     }
 
 
-def data_source(settings: Settings) -> Mapping[str, Any]:
+def data_source(
+    settings: Settings, url: str = "http://127.0.0.1:9090", *others: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Grafana's data source; its interval makes ``$__rate_interval`` right, and exemplars lead to traces."""
     return {
         "apiVersion": 1,
@@ -134,12 +159,13 @@ def data_source(settings: Settings) -> Mapping[str, Any]:
                 "type": "prometheus",
                 "uid": "melodi-otel-prometheus",
                 "access": "proxy",
-                "url": "http://127.0.0.1:9090",
+                "url": url,
                 "jsonData": {
                     "timeInterval": settings.span(settings.scrape_interval_s * settings.trial),
                     "exemplarTraceIdDestinations": [{"name": "trace_id", "datasourceUid": "tempo"}],
                 },
-            }
+            },
+            *others,
         ],
     }
 
@@ -159,8 +185,12 @@ def provider() -> Mapping[str, Any]:
     }
 
 
-def alertmanager() -> Mapping[str, Any]:
-    """An Alertmanager that opens one ticket per model or device: nothing of energy wakes anybody."""
+def alertmanager(url: str | None) -> Mapping[str, Any]:
+    """An Alertmanager that opens one ticket per model or device: nothing of energy wakes anybody.
+
+    ``url``: who is told; None: nobody, its page shows them.
+    """
+    told = {"webhook_configs": [{"url": url, "send_resolved": True}]} if url else {}
     return {
         "route": {
             "receiver": "tickets",
@@ -177,7 +207,5 @@ def alertmanager() -> Mapping[str, Any]:
                 "equal": ["instance"],
             }
         ],
-        "receivers": [
-            {"name": "tickets", "webhook_configs": [{"url": "http://127.0.0.1:8080/tickets", "send_resolved": True}]}
-        ],
+        "receivers": [{"name": "tickets", **told}],
     }

@@ -28,6 +28,8 @@ class Settings:
         sample_age_s: seconds without a sample of a device after which its sensor is stale.
         sampler_s: seconds that 99 of 100 rounds of readings may take.
         unresolved: part of the spans that may end without joules.
+        keep_above_j: J of a request from which the collector keeps its trace, whatever else it drops.
+        keep_percent: percent of the other traces that the collector keeps.
         trial: times shorter than in production are all windows and waits, to try the alerts out: 120 makes an hour 30 s.
     """
 
@@ -42,6 +44,8 @@ class Settings:
     sample_age_s: float = 300.0
     sampler_s: float = 0.5
     unresolved: float = 0.05
+    keep_above_j: float = 500.0
+    keep_percent: float = 5.0
     trial: float = 1.0
 
     def span(self, seconds: float) -> str:
@@ -73,6 +77,8 @@ _RANGES: Final = {
     "sample_age_s": (1.0, 1e9),
     "sampler_s": (1e-6, 1e3),
     "unresolved": (0.0, 1.0),
+    "keep_above_j": (0.0, 1e9),
+    "keep_percent": (0.0, 100.0),
     "trial": (1.0, 1e6),
 }
 

@@ -89,7 +89,7 @@ def test_a_promise_is_kept(talk: Talk) -> None:
         assert (status, said["final"]) == (200, True)
         joules = sum(span.of("melodi.energy.total") for span in talk.of(answer))
         assert said["joules"] == pytest.approx(joules, rel=1e-9)
-        assert said["uncertainty"] > 0
+        assert said["uncertainty"] > 0, [span.attributes for span in talk.of(answer)]
 
 
 def test_nobody_guesses(talk: Talk) -> None:
