@@ -25,6 +25,7 @@ test:
 	@scripts/system-programs
 	@scripts/venv test torch
 	@scripts/venv peers torch
+	@scripts/venv operate
 	@scripts/venv vllm torch
 	@.venv/test/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
 
@@ -79,4 +80,4 @@ docs:
 	.venv/docs/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/docs .venv/vllm .venv/vllm-second .venv/rivals site dist
+	rm -rf .venv/demo .venv/test .venv/check .venv/second .venv/peers .venv/operate .venv/docs .venv/vllm .venv/vllm-second .venv/rivals site dist

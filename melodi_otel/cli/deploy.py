@@ -18,6 +18,12 @@ def deploy(
     choices: list[str] = typer.Option(
         [], "--set", metavar="NAME=VALUE", help="A setting; may be given several times. --list shows all."
     ),
+    budgets_from: str | None = typer.Option(
+        None,
+        "--budgets-from",
+        metavar="URL",
+        help="Propose budgets from what this Prometheus has seen in the last week; with --out also as budgets.env there.",
+    ),
     show: bool = typer.Option(
         False, "--list", help="Show the settings, their defaults and what they mean; write nothing."
     ),
@@ -37,10 +43,15 @@ def deploy(
             ends = [at for other in fields(Settings) if (at := rest.find(f" {other.name}: ")) > 0]
             print(f"{field.name}={field.default}\n    {rest[: min(ends, default=len(rest))]}")
         return
+    proposed = _proposed(budgets_from) if budgets_from else ""
+    if out is None and proposed:
+        return
     if out is None:
         raise typer.BadParameter("say where the files go: melodi-otel deploy --out DIR")
     settings = chosen(choices)
     made = files(settings) if choices else {}
+    if proposed:
+        made["budgets.env"] = f"# For the meters' environment, see docs/operate.md\n{proposed}\n"
     try:
         shutil.copytree(shipped(), out, dirs_exist_ok=True)
         shutil.copytree(pages(), out / "runbooks", dirs_exist_ok=True)
@@ -53,3 +64,19 @@ def deploy(
     for path in sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file()):
         print(f"  {path}")
     print(f"next: promtool check config {out / 'prometheus/prometheus.yml'}, and docs/operate.md")
+
+
+def _proposed(url: str) -> str:
+    """Print a table of what a Prometheus has seen; the variable that sets the budgets."""
+    from melodi_otel.deploy.budgets import proposals, variable
+
+    made = proposals(url)
+    wide = max(len("model"), *(len(one.model) for one in made))
+    print("J per 1,000 output tokens, by the hour, in the last 7 days:")
+    print(f"  {'model':{wide}}  {'hours':>5}  {'median':>8}  {'95 %':>8}  {'budget':>8}")
+    for one in made:
+        print(f"  {one.model:{wide}}  {one.hours:5}  {one.usual:8.4g}  {one.dear:8.4g}  {one.budget:8.4g}")
+    if few := [one.model for one in made if one.hours < 24]:
+        print(f"few hours, so take care: {', '.join(few)}")
+    print(variable(made))
+    return variable(made)

@@ -27,7 +27,7 @@ _IMAGES: Final = {
     "tempo": "grafana/tempo:2.8.2",
     "collector": "otel/opentelemetry-collector-contrib:0.134.0",
 }
-_CHECKOUT: Final = "${MELODI_OTEL_CHECKOUT:-..}"
+_CHECKOUT: Final = "${CHECKOUT:-..}"
 _RECEIVERS: Final[Mapping[str, Any]] = {
     "otlp": {"protocols": {"grpc": {"endpoint": "0.0.0.0:4317"}, "http": {"endpoint": "0.0.0.0:4318"}}}
 }

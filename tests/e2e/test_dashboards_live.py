@@ -15,6 +15,7 @@ from urllib.request import urlopen
 import pytest
 
 from melodi_otel.deploy import alerts, recording
+from melodi_otel.deploy.budgets import proposals
 from melodi_otel.deploy.files import document
 from melodi_otel.deploy.settings import Settings
 
@@ -24,10 +25,21 @@ Ask = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def ask(
+def ask(live: str) -> Ask:
+    """``ask(promql)`` at the newest moment."""
+
+    def query(expression: str) -> list[Any]:
+        with urlopen(f"{live}/api/v1/query?{urlencode({'query': expression})}", timeout=10) as answer:
+            return json.load(answer)["data"]["result"]
+
+    return query
+
+
+@pytest.fixture(scope="module")
+def live(
     tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], system_program: Callable[[str], str]
-) -> Iterator[Ask]:
-    """``ask(promql)`` at the newest moment: two hosts under load for 25 s, one of them scraped twice as if by two publishers."""
+) -> Iterator[str]:
+    """The address of a Prometheus: two hosts under load for 25 s, one of them scraped twice as if by two publishers."""
     prometheus = system_program("prometheus")
     system_program("gcc")  # of the fake NVML library
     place = tmp_path_factory.mktemp("live")
@@ -87,7 +99,7 @@ def ask(
             time.sleep(0.5)
         else:
             raise TimeoutError((place / "log").read_text()[-3000:])
-        yield query
+        yield f"http://127.0.0.1:{own}"
     finally:
         for process in running:
             process.terminate()
@@ -119,6 +131,15 @@ def test_every_panel_shows_something(ask: Ask, dashboard: Path) -> None:
             if not [one for one in ask(expression) if one["value"][1] != "NaN"]:
                 empty.append(f"{panel['title']}: {expression}")
     assert empty == []
+
+
+def test_budgets_are_proposed_from_what_was(live: str) -> None:
+    """What a real Prometheus has seen of both models becomes a budget of each, above its median."""
+    made = proposals(live, past="1m", step="5s")
+    assert {one.model for one in made} == {"llama-3.1-8b", "llama-3.3-70b"}
+    for one in made:
+        assert one.usual <= one.dear < one.budget
+        assert one.hours > 1
 
 
 def test_showback_adds_up_to_the_meter(ask: Ask) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import venv
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from melodi_otel.testing.powercap import FakePowercap
 from melodi_otel.testing.telemetry import OtlpReceiver, plain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -213,45 +217,131 @@ def test_compose_accepts_and_everything_it_mounts_is_there(packages: Path, tmp_p
     assert compose(packages, wrong).returncode != 0
 
 
-@pytest.fixture
-def sysfs(tmp_path: Path, need: Callable[..., None]) -> Iterator[Path]:
-    """A package of 60 W that counts in real time."""
-    need("torch")
-    tree = FakePowercap(tmp_path / "sys")
-    tree.package(0, watts=60.0)
-    with tree.live():
-        yield tree.root
+PROGRAM = [sys.executable, str(Path(__file__).with_name("program.py"))]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_spans_pass_through_a_collector(
     packages: Path,
-    sysfs: Path,
+    need: Callable[..., None],
     environment: Callable[..., dict[str, str]],
+    run: Callable[..., Any],
     free_port: Callable[[], int],
     serve: Callable[..., Any],
+    tmp_path: Path,
     protocol: str,
 ) -> None:
     """gRPC or HTTP in, compressed HTTP out: every request arrives once, with the joules that its meter told."""
+    need("torch")
     grpc, http = free_port(), free_port()
     with OtlpReceiver() as receiver:
         words = [str(packages / "rotel/rotel-agent"), "start", "--exporter", "otlp"]
+        words += ["--pid-file", str(tmp_path / "pid"), "--log-file", str(tmp_path / "log")]
         words += ["--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}"]
         words += ["--otlp-exporter-endpoint", receiver.http_endpoint, "--otlp-exporter-protocol", "http"]
-        collector = serve(words, dict(os.environ))
-        env = environment(
-            MELODI_SYSFS_ROOT=str(sysfs),
-            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{grpc if protocol == 'grpc' else http}",
-            OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
+        serve(words, dict(os.environ))
+        for port in (grpc, http):
+            listens(port)
+        run(
+            PROGRAM,
+            environment(
+                OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{grpc if protocol == 'grpc' else http}",
+                OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
+            ),
         )
-        program = Path(__file__).with_name("program.py")
-        done = subprocess.run(
-            [sys.executable, program], env=env, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr
         spans = receiver.spans(4)
-        receiver.metrics(1)
-        collector.stop()
+        metrics = {metric.name for metric in receiver.metrics(1)}
     found = [plain(span.attributes) for span in spans]
     assert [a.get("gen_ai.usage.output_tokens") for a in found[:2]] == [64, 32]
     assert all(a["melodi.energy.total"] > 0 for a in found)
+    assert "melodi.request.energy" in metrics
+
+
+def listens(port: int) -> None:
+    """Wait until somebody listens on this port, 20 s at most."""
+    end = time.monotonic() + 20.0
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            assert time.monotonic() < end, f"nobody listens on {port}"
+            time.sleep(0.05)
+        else:
+            return
+
+
+class Unwell(ThreadingHTTPServer):
+    """A receiver that answers 503, or not at all."""
+
+    daemon_threads = True
+
+    def __init__(self, silent: bool) -> None:
+        self.asked = 0
+        self.well = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.asked += 1
+                if silent:
+                    outer.well.wait(30.0)
+                with contextlib.suppress(OSError):  # whoever asked has given up
+                    self.send_error(503)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.well.set()
+        self.shutdown()
+        self.server_close()
+        self.thread.join(5.0)
+
+
+@pytest.mark.parametrize("how", ["down", "silent", "failing"])
+def test_a_receiver_that_is_unwell_stops_nobody(
+    need: Callable[..., None],
+    environment: Callable[..., dict[str, str]],
+    free_port: Callable[[], int],
+    how: str,
+) -> None:
+    """The program gets its answers and its joules, and ends in bounded time; what was not sent is said in its log."""
+    need("torch")
+    unwell = None if how == "down" else Unwell(how == "silent")
+    port = free_port() if unwell is None else unwell.server_address[1]
+    env = environment(
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+        OTEL_EXPORTER_OTLP_TIMEOUT="2",
+        OTEL_BSP_SCHEDULE_DELAY="100",
+    )
+    done = subprocess.run(PROGRAM, env=env, capture_output=True, text=True, timeout=90, check=False)
+    if unwell is not None:
+        unwell.close()
+        assert unwell.asked > 0
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["measured True True", "recent 5"]  # four requests and the block
+    assert "export" in done.stderr.lower()
+
+
+def test_dashboards_bear_a_thousand_hosts(
+    system_program: Callable[[str], str], need: Callable[..., None], tmp_path: Path
+) -> None:
+    """On a Prometheus with 1,000 hosts' series no panel is refused, and all but one in ten have something to show."""
+    need("psutil")
+    for name in ("prometheus", "promtool", "gcc"):
+        system_program(name)
+    words = [sys.executable, CHECKOUT / "bench/fleet_queries.py", "--hosts", 1000, "--minutes", 10, "--load", 10]
+    words += ["--json", tmp_path / "figures.json"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=170, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["failed"] == []
+    assert figures["series"] > 200_000
+    assert figures["shown"] >= 0.9 * figures["queries"]
