@@ -41,6 +41,23 @@ def _at_the_site(joules: str, per_kwh: str) -> str:
     return f"{joules} / {KWH} * {site} * scalar(max({per_kwh}{{{HOST}}}))"
 
 
+def _fully_loaded(direct: str, nobody: str) -> str:
+    """J by ``$by`` with what no request used, so that all of them together are the meter's.
+
+    What a model holds a device for (its idle power, its tail, its loading) is divided among those who used the model, the rest
+    (nobody's, others', and what models hold that nobody used) among all, each time as their own joules are.
+    """
+    parts = q.sum_of(increase(q.ATTRIBUTED, MODEL), "$by", q.MODEL)
+    used = f"({q.sum_of(increase(q.ATTRIBUTED, HOST), q.MODEL)} > 0)"
+    held_by = f'{q.HOLDER_MODEL}!=""'
+    named = f'label_replace({unattributed(increase, q.also(HOST, held_by))}, "{q.MODEL}", "$1",'
+    held = q.sum_of(f'{named} "{q.HOLDER_MODEL}", "(.+)")', q.MODEL)
+    model = f"on ({q.MODEL})"
+    mine = q.sum_of(f"{parts} * {model} group_left () ({held} / {model} {used})", "$by")
+    rest = f"sum({nobody}) - (sum({held} and {model} {used}) or vector(0))"
+    return f"({direct} + ({mine} or 0 * {direct}) + {direct} / scalar({of_requests(HOST)}) * scalar({rest}))"
+
+
 def showback() -> Dashboard:
     """Who used how much, with a sum that equals the meter."""
     direct = f"{q.sum_of(increase(q.ATTRIBUTED, MODEL), '$by')}"
@@ -48,14 +65,15 @@ def showback() -> Dashboard:
     requests = q.sum_of(increase(q.REQUESTS, MODEL), "$by")
     nobody = unattributed(increase)
     meter = f"sum({q.once(increase(q.HW_ENERGY, HOST))})"
-    factor = f"sum({of_requests(HOST)} + sum({nobody})) / {of_requests(HOST)}"
+    whole = q.sum_of(increase(q.REQUESTS, f'{MODEL},{q.QUALITY}!~"partial|unavailable"'), "$by")
     # One query: a column for each value of ``what``, whatever the label is called that they are by.
     columns = " or ".join((
         _column("Direct", f"{direct} / {KWH}"),
-        _column("Fully loaded", f"{direct} / {KWH} * scalar({factor})"),
+        _column("Fully loaded", f"{_fully_loaded(direct, nobody)} / {KWH}"),
         _column("Per request", f"{direct} / {requests} / 3600"),
         _column("CO2e", _at_the_site(direct, INTENSITY)),
         _column("Money", _at_the_site(direct, PRICE)),
+        _column("Covered", f"({whole} or 0 * {requests}) / {requests}"),
         _column("Estimated", f"({estimated} or 0 * {direct}) / {direct}"),
     ))  # fmt: skip
     sums = (
@@ -108,8 +126,9 @@ def showback() -> Dashboard:
         Panel(
             "table",
             "By $by",
-            "Direct: the joules of their requests. Fully loaded: with what nobody used, shared in proportion. Estimated: the"
-            " part of direct that no sensor stands behind.",
+            "Direct: the joules of their requests. Fully loaded: with what models held idle, shared by those who used the model,"
+            " and the rest shared by all. Covered: the part of their requests that a meter saw whole. Estimated: the part of"
+            " direct that no sensor stands behind.",
             [Query(columns, instant=True)],
             width=24,
             height=10,
@@ -121,6 +140,7 @@ def showback() -> Dashboard:
                 "Per request": "watth",
                 "CO2e": "massg",
                 "Money": "none",
+                "Covered": "percentunit",
                 "Estimated": "percentunit",
             },
         ),

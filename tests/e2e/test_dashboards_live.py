@@ -15,8 +15,10 @@ from urllib.request import urlopen
 import pytest
 
 from melodi_otel.deploy import alerts, recording
+from melodi_otel.deploy.books_dashboards import _fully_loaded
 from melodi_otel.deploy.budgets import proposals
 from melodi_otel.deploy.files import document
+from melodi_otel.deploy.queries import increase, unattributed
 from melodi_otel.deploy.settings import Settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -153,6 +155,20 @@ def test_showback_adds_up_to_the_meter(ask: Ask) -> None:
     assert float(ratio["value"][1]) == pytest.approx(1.0, rel=1e-3)
     tenants = {one["metric"]["tenant"] for one in ask("sum by (tenant) (melodi_energy_attributed_joules_total)")}
     assert tenants == {"acme", "globex", "initech"}
+
+
+@pytest.mark.parametrize("by", ["tenant", "gen_ai_request_model"])
+def test_fully_loaded_is_the_meter(ask: Ask, by: str) -> None:
+    """Everybody's joules with what nobody used are the requests' and nobody's together."""
+    which = 'cluster=~".*",job="melodi_otel",host_id=~".*"'
+    nobody = unattributed(increase, which)
+    direct = f"sum by ({by}) (increase(melodi_energy_attributed_joules_total{{{which}}}[20s]))"
+    loaded = _fully_loaded(direct, nobody)
+    for name, value in (PICKED | {"$by": by}).items():
+        nobody, direct, loaded = (one.replace(name, value) for one in (nobody, direct, loaded))
+    (ratio,) = ask(f"sum({loaded}) / (sum({direct}) + sum({nobody}))")
+    assert float(ratio["value"][1]) == pytest.approx(1.0, rel=1e-6)
+    assert all(float(one["value"][1]) > 1.0 - 1e-9 for one in ask(f"{loaded} / {direct}"))
 
 
 def test_two_publishers_leave_the_watts_right(ask: Ask) -> None:
