@@ -50,8 +50,9 @@ def _fully_loaded(direct: str, nobody: str) -> str:
     parts = q.sum_of(increase(q.ATTRIBUTED, MODEL), "$by", q.MODEL)
     used = f"({q.sum_of(increase(q.ATTRIBUTED, HOST), q.MODEL)} > 0)"
     held_by = f'{q.HOLDER_MODEL}!=""'
-    named = f'label_replace({unattributed(increase, q.also(HOST, held_by))}, "{q.MODEL}", "$1",'
-    held = q.sum_of(f'{named} "{q.HOLDER_MODEL}", "(.+)")', q.MODEL)
+    # Not label_replace: its "$1" is a variable of Grafana's.
+    named = f'label_join({unattributed(increase, q.also(HOST, held_by))}, "{q.MODEL}", "", "{q.HOLDER_MODEL}")'
+    held = q.sum_of(named, q.MODEL)
     model = f"on ({q.MODEL})"
     mine = q.sum_of(f"{parts} * {model} group_left () ({held} / {model} {used})", "$by")
     rest = f"sum({nobody}) - (sum({held} and {model} {used}) or vector(0))"
