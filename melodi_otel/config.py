@@ -8,13 +8,15 @@ is a :class:`~melodi_otel.errors.ConfigError` that names variable, value and wha
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal, cast
 
 from melodi_otel.errors import ConfigError
 from melodi_otel.semconv import ANY_MODEL
@@ -67,9 +69,28 @@ class Config:
     record_rotate: int | None = None
     record_keep: int = 0
     carbon_intensity: float | None = None
+    carbon_regions: tuple[tuple[str, float], ...] = ()
+    carbon_region: str | None = None
+    carbon_provider: str | None = None
     pue: float | None = None
     energy_price: float | None = None
     energy_budget: tuple[tuple[str, float], ...] = ()
+
+    def _check_region(self) -> None:
+        if not self.carbon_regions or self.intensity is not None:
+            return
+        known = ", ".join(sorted(dict(self.carbon_regions)))
+        if self.carbon_region is None:
+            log.warning("MELODI_CARBON_REGIONS is read and MELODI_CARBON_REGION is not set: one of %s", known)
+        else:
+            raise ConfigError(f"MELODI_CARBON_REGION={self.carbon_region!r} cannot be used: allowed is one of {known}")
+
+    @property
+    def intensity(self) -> float | None:
+        """gCO2e per kWh, as configured: the figure itself, or that of the region."""
+        if self.carbon_intensity is not None:
+            return self.carbon_intensity
+        return dict(self.carbon_regions).get(self.carbon_region or "")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -97,7 +118,9 @@ class Config:
                 raise ConfigError(
                     f"{name}={variable.shown(raw)!r} cannot be used{why}: allowed is {variable.allowed}"
                 ) from None
-        return cls(**values)
+        made = cls(**values)
+        made._check_region()
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +223,16 @@ def _budgets(raw: str) -> tuple[tuple[str, float], ...]:
     if "=" not in raw:
         return ((ANY_MODEL, _number(0)(raw)),)
     return _idle(raw)
+
+
+def _regions(raw: str) -> tuple[tuple[str, float], ...]:
+    try:
+        read: object = json.loads(Path(raw).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not isinstance(read, dict):
+        raise ValueError("no object")  # noqa: TRY004  # what a parser raises
+    return tuple((str(region), _number(0)(str(value))) for region, value in cast(dict[object, object], read).items())
 
 
 def _factors(raw: str) -> tuple[tuple[str, float], ...]:
@@ -356,6 +389,24 @@ VARIABLES: Final[dict[str, Variable]] = {
         "record_keep", _whole(0), "a whole number from 0", "How many files of the trace are left, the newest; 0: all."
     ),
     "MELODI_CARBON_INTENSITY": Variable("carbon_intensity", _number(0), "gCO2e per kWh", "Published as a gauge."),
+    "MELODI_CARBON_REGIONS": Variable(
+        "carbon_regions",
+        _regions,
+        'a readable JSON file, {"REGION": gCO2e per kWh, …}',
+        "Carbon intensities by region; that of MELODI_CARBON_REGION counts where MELODI_CARBON_INTENSITY is not set.",
+    ),
+    "MELODI_CARBON_REGION": Variable(
+        "carbon_region",
+        str,
+        "the name of a region",
+        "Which intensity of MELODI_CARBON_REGIONS; handed to a live provider.",
+    ),
+    "MELODI_CARBON_PROVIDER": Variable(
+        "carbon_provider",
+        str,
+        "the name of an entry point of melodi_otel_carbon",
+        "Tells the intensity live; only then are emissions counted.",
+    ),
     "MELODI_PUE": Variable("pue", _number(1), "a number from 1", "Power usage effectiveness, published as a gauge."),
     "MELODI_ENERGY_PRICE": Variable("energy_price", _number(0), "currency per kWh", "Published as a gauge."),
     "MELODI_ENERGY_BUDGET": Variable(

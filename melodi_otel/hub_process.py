@@ -292,7 +292,7 @@ class HubProcess:
 
     def _configured(self) -> Configured:
         config = self.config
-        return Configured(config.carbon_intensity, config.pue, config.energy_price, config.energy_budget)
+        return Configured(config.intensity, config.pue, config.energy_price, config.energy_budget)
 
     def _counts(self) -> HubStatus | None:
         server = self.server

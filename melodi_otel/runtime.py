@@ -144,9 +144,7 @@ class Runtime:
             devices=self.devices,
             hardware=self._hardware,
             spans=self._deferral.counts,
-            configured=lambda: Configured(
-                config.carbon_intensity, config.pue, config.energy_price, config.energy_budget
-            ),
+            configured=lambda: Configured(config.intensity, config.pue, config.energy_price, config.energy_budget),
             publisher=lambda: self._is_local() and self._publisher(),
             identity={name: value for name, value in identity if value},
             metric_labels=config.metric_labels,

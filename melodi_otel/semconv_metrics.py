@@ -234,7 +234,11 @@ BUDGET: Final = Metric(
     (names.GEN_AI_REQUEST_MODEL,),
 )
 CARBON_EMISSIONS: Final = Metric(
-    "melodi.carbon.emissions", "counter", "g", "CO2 equivalent of the energy; only where a live intensity is known."
+    "melodi.carbon.emissions",
+    "counter",
+    "g",
+    "CO2 equivalent of the energy of all devices, without PUE; only where a live intensity is known.",
+    publisher=True,
 )
 
 METRICS: Final[Mapping[str, Metric]] = {

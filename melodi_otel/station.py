@@ -7,6 +7,7 @@ served by a hub never opens a meter of its own.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from melodi_otel.attribution.books import Snapshot, Who
 from melodi_otel.attribution.closing import MIN_WAIT_S, STEP_PART, wait_s
 from melodi_otel.attribution.ledger import Ledger
 from melodi_otel.attribution.meter import Reason
+from melodi_otel.carbon import LiveCarbon, installed
 from melodi_otel.clock import Clock
 from melodi_otel.config import Config
 from melodi_otel.devices import Device
@@ -102,6 +104,7 @@ class Station:
         self.process = ProcessClock(config.procfs_root)
         self.sampler = self._make_sampler()
         self._neighbours: Neighbours | None = None
+        self._carbon: LiveCarbon | None = None
         self._settler: threading.Thread | None = None
         self._stopping = False
         self._started = False
@@ -126,7 +129,13 @@ class Station:
 
     def hardware(self) -> Hardware:
         """What the meters show now."""
-        return self.readings.hardware(self.discovery, self.sampler)
+        shown, carbon = self.readings.hardware(self.discovery, self.sampler), self._carbon
+        return shown if carbon is None else replace(shown, intensity=carbon.intensity, emissions=carbon.grams)
+
+    def _joules(self) -> float:
+        # What `hw.energy` shows: the host's own figure (psys) holds the others.
+        books = self.snapshot().books
+        return math.fsum(book.measured for name, book in books.items() if self._found[name].type != "host")
 
     def span_wait_s(self) -> float:
         """The longest time that a span waits for its joules, in seconds."""
@@ -244,6 +253,8 @@ class Station:
         if self.discovery.sources and not self._stale:
             # The first reading is a baseline: taken here, the first request is covered from its first instant.
             self.sampler.tick()
+        if (name := self.config.carbon_provider) is not None and self._carbon is None:
+            self._carbon = LiveCarbon(installed(name), self.config.carbon_region, self._joules, self.clock)
         self.run_threads()
 
     def run_threads(self) -> None:
@@ -253,6 +264,8 @@ class Station:
         if self.discovery.sources and not self._stale:
             self.sampler.start()
             self._start_neighbours()
+            if self._carbon is not None:
+                self._carbon.start()
         if self._elsewhere is None and (self._settler is None or not self._settler.is_alive()):
             self._settler = threading.Thread(target=self._settle, name="melodi-otel-settle", daemon=True)
             self._settler.start()
@@ -283,6 +296,8 @@ class Station:
         if self._recorder is not None:
             self._recorder.close()
         self.process.close()
+        if self._carbon is not None:
+            self._carbon.stop()
         if self._neighbours is not None:
             self._neighbours.stop()
             self._neighbours = None
@@ -302,6 +317,7 @@ class Station:
         self._child = True
         self._settler = None
         self._neighbours = None
+        self._carbon = None
         self._stale = True
         # Copies of descriptors would keep files open for as long as the child lives, whether it meters or not.
         self.process.close()

@@ -16,7 +16,18 @@ from typing import Any, Final
 from melodi_otel.config import VARIABLES, Config
 from melodi_otel.errors import ConfigError
 
-RELOADABLE: Final = frozenset({"idle_watts", "carbon_intensity", "pue", "energy_price", "energy_budget", "label_limit"})
+RELOADABLE: Final = frozenset(
+    {
+        "idle_watts",
+        "carbon_intensity",
+        "carbon_regions",
+        "carbon_region",
+        "pue",
+        "energy_price",
+        "energy_budget",
+        "label_limit",
+    }
+)
 """Fields of :class:`~melodi_otel.config.Config` that a running hub takes over."""
 
 _LINE: Final = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*")

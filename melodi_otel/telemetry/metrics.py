@@ -40,6 +40,8 @@ class Hardware:
         sample_age_s: seconds since the newest usable sample.
         up: by (source, hw.id or None for a whole source), whether it answers.
         self_joules: energy of the meter's own work in J, or None.
+        intensity: gCO2e per kWh, as told live, or None.
+        emissions: g of CO2 equivalent, counted by live intensities, or None.
     """
 
     watts: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -48,6 +50,8 @@ class Hardware:
     sample_age_s: Mapping[str, float] = field(default_factory=dict[str, float])
     up: Mapping[tuple[str, str | None], bool] = field(default_factory=dict[tuple[str, str | None], bool])
     self_joules: float | None = None
+    intensity: float | None = None
+    emissions: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ class Instruments:
             metrics.SPAN_SETTLED,
             lambda v: [(n, {names.SPAN_OUTCOME: outcome}) for outcome, n in v.spans().settled.items()],
         )
-        self._observe(metrics.CARBON_INTENSITY, lambda v: _single(v.configured().carbon_intensity))
+        self._observe(metrics.CARBON_INTENSITY, lambda v: _single(_intensity(v)))
+        self._observe(metrics.CARBON_EMISSIONS, lambda v: _single(v.hardware().emissions))
         self._observe(metrics.PUE, lambda v: _single(v.configured().pue))
         self._observe(metrics.PRICE, lambda v: _single(v.configured().energy_price))
         self._observe(metrics.BUDGET, lambda v: _budgets(v.configured()))
@@ -358,6 +363,11 @@ def _gauge(views: Views, values: Mapping[str, float], *, host: bool = False) -> 
 
 def _meter_of(key: tuple[str, str | None]) -> dict[str, Any]:
     return _known({names.METER_SOURCE: key[0], names.HW_ID: key[1]})
+
+
+def _intensity(views: Views) -> float | None:
+    live = views.hardware().intensity
+    return views.configured().carbon_intensity if live is None else live
 
 
 def _single(value: float | None) -> Rows:

@@ -65,6 +65,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "zero_code": {"program"},
     "vllm_plugin": {"program"},
     "publishing": set(),
+    "carbon": set(),
     "libraries": {"instrumentation", "telemetry"},
     "promising": {"attribution", "hub", "telemetry"},
     "group_clocks": {"attribution", "processes", "host_pids"},

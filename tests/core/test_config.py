@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,9 @@ GOOD = {
     "MELODI_RECORD_ROTATE": ("64M", 64 << 20),
     "MELODI_RECORD_KEEP": ("3", 3),
     "MELODI_CARBON_INTENSITY": ("350", 350.0),
+    "MELODI_CARBON_REGIONS": (str(Path(__file__).with_name("regions.json")), (("north", 30.0), ("south", 410.5))),
+    "MELODI_CARBON_REGION": ("north", "north"),
+    "MELODI_CARBON_PROVIDER": ("grid", "grid"),
     "MELODI_PUE": ("1.2", 1.2),
     "MELODI_ENERGY_PRICE": ("0.3", 0.3),
     "MELODI_ENERGY_BUDGET": ("meta/llama=300,*=400", (("meta/llama", 300.0), ("*", 400.0))),
@@ -104,6 +108,7 @@ def test_good_values(name, raw, value):
         ("MELODI_PUE", "0.5"),
         ("MELODI_PUE", "nan"),
         ("MELODI_CARBON_INTENSITY", "-1"),
+        ("MELODI_CARBON_REGIONS", "/nowhere/regions.json"),
     ],
 )
 def test_bad_values_name_variable_value_and_what_is_allowed(name, raw):

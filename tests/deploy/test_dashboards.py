@@ -85,11 +85,11 @@ def test_queries_read_series_that_exist(name: str) -> None:
     for panel in panels(name):
         for target in panel.get("targets", ()):
             expression = target["expr"]
-            for listed in re.findall(r"by \(([^)]*)\)", expression):
+            for listed in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
                 assert set(listed.split(", ")) <= labels, listed
             for matched in re.findall(r"(\w+)(?:=~|!~|!=|=)\"", expression):
                 assert matched in labels
-            plain = re.sub(r"by \([^)]*\)|\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
+            plain = re.sub(r"\b(?:by|on|group_left) \([^)]*\)|\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
             read = {word for word in re.findall(r"\b[a-zA-Z]\w*", plain) if "_" in word or word == "up"}
             assert read - {"histogram_quantile", "label_replace", "label_join"} <= known, expression
             for window in re.findall(r"rate\([^\[]*\[([^\]]*)\]", expression):

@@ -319,3 +319,19 @@ def test_label_limit(
     clipped = replace(views, clip=lambda labels: (("tenant", "other"),))
     Instruments(provider.get_meter("t"), clipped).finished(record)
     assert one(reader, "melodi.requests")[1]["tenant"] == "other"
+
+
+@pytest.mark.parametrize("publisher", [True, False])
+def test_emissions_where_the_intensity_is_live(
+    views: Views, provider: MeterProvider, reader: InMemoryMetricReader, publisher: bool
+) -> None:
+    """The gauge is what is told live, not what is configured; grams are told by the host's publisher alone."""
+    live = replace(
+        views,
+        hardware=lambda: Hardware(intensity=120.0, emissions=3.5),
+        configured=lambda: Configured(carbon_intensity=400.0),
+        publisher=lambda: publisher,
+    )
+    Instruments(provider.get_meter("t"), live)
+    assert one(reader, "melodi.carbon.intensity")[0] == 120.0
+    assert [point.value for point in points(reader, "melodi.carbon.emissions")] == ([3.5] if publisher else [])
