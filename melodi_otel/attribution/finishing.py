@@ -89,6 +89,8 @@ def rollup(activity: Activity, device: str) -> float:
 
 
 _NOTHING: Final = Accrual()
+_DUST_J: Final = 1e-12
+"""What sums of parts leave of nothing."""
 
 
 def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: float) -> SoFar:
@@ -142,7 +144,7 @@ def _facts(activity: Activity, account: Account, end: int, now_ns: int, seen: fl
 def made(it: SoFar, known: Known) -> Share:
     """The share of what was accrued."""
     dynamic = it.prefill + it.decode + it.unsplit
-    if it.coverage <= 0.0 and (not it.accrued or dynamic + it.static == 0.0):
+    if it.coverage <= 0.0 and (not it.accrued or abs(dynamic + it.static) < _DUST_J):
         return _unknown(it, known)
     split = it.unsplit == 0.0 and (it.prefill > 0.0 or it.decode > 0.0)
     dynamic = it.prefill + it.decode if split else dynamic

@@ -6,7 +6,7 @@ import math
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from melodi_otel.attribution.evidence import WHOLE
@@ -175,6 +175,9 @@ def act(host: Host, action: str, which: int, part: float) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(actions, st.sampled_from(["busy_shared", "dynamic"]), st.booleans())
+@example(
+    [("open", 0, 0.0), ("groups", 1, 1.0), ("time", 3, 1.0), ("late", 0, 0.0), ("time", 0, 0.0)], "busy_shared", False
+)
 def test_books_balance(listed: list[tuple[str, int, float]], policy: str, often: bool) -> None:
     """At every settling and at the end, every measured joule of every device is in exactly one place."""
     host = Host(Ledger(policy=policy, patience_s=None))  # type: ignore[arg-type]
