@@ -67,6 +67,8 @@ OUTCOMES: Final = ("stop", "length", "abort", "error")
 SPAN_OUTCOMES: Final = (*QUALITIES, "late", "overflow", "flush", "shutdown", "dropped")
 """How a span stopped waiting: with joules of that quality, or why without (``dropped``: the exporter was blocked for so
 long that the queue behind it was full)."""
+SPAN_EXPORTS: Final = ("sent", "failed")
+"""What became of a span that was handed to an exporter of ours."""
 HW_TYPES: Final = ("gpu", "cpu", "memory")
 TOKEN_TYPES: Final = ("input", "output")
 
@@ -141,6 +143,7 @@ COMPILE_WARMUP: Final = "melodi.request.compile_warmup"
 RANK: Final = "melodi.parallel.rank"
 WORLD_SIZE: Final = "melodi.parallel.world_size"
 SPAN_OUTCOME: Final = "melodi.span.outcome"
+SPAN_EXPORT: Final = "melodi.span.export.outcome"
 METER_SOURCE: Final = "melodi.source.name"
 
 GPU_MODEL: Final = "melodi.gpu.model"
@@ -249,6 +252,7 @@ METRIC_ATTRIBUTES: Final = (
     Attribute(HOLDER_MODEL, "string", "", "Model that holds the device, where one does."),
     Attribute(REQUEST_OUTCOME, "string", "", "How the request ended.", OUTCOMES),
     Attribute(SPAN_OUTCOME, "string", "", "How the span stopped waiting for its joules.", SPAN_OUTCOMES),
+    Attribute(SPAN_EXPORT, "string", "", "What became of the span at our own exporter.", SPAN_EXPORTS),
     Attribute(METER_SOURCE, "string", "", "A meter, by its name in MELODI_SOURCES."),
     Attribute(GEN_AI_TOKEN_TYPE, "string", "", "Which tokens.", TOKEN_TYPES),
     Attribute(SERVICE_NAME, "string", "", "The service that asked for the work."),

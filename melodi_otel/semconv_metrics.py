@@ -159,6 +159,13 @@ SPAN_DEFERRED: Final = Metric("melodi.span.deferred", "updowncounter", "{span}",
 SPAN_SETTLED: Final = Metric(
     "melodi.span.settled", "counter", "{span}", "Spans that stopped waiting, by how.", (names.SPAN_OUTCOME,)
 )
+SPAN_EXPORTED: Final = Metric(
+    "melodi.span.exported",
+    "counter",
+    "{span}",
+    "Spans that our own exporters were handed, by whether the receiver took them; an application's exporters are its own.",
+    (names.SPAN_EXPORT,),
+)
 SAMPLER_DURATION: Final = Metric(
     "melodi.sampler.duration",
     "histogram",
@@ -261,6 +268,7 @@ METRICS: Final[Mapping[str, Metric]] = {
         SAMPLE_AGE,
         SPAN_DEFERRED,
         SPAN_SETTLED,
+        SPAN_EXPORTED,
         SAMPLER_DURATION,
         SELF_ENERGY,
         SOURCE_UP,

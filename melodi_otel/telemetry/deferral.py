@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -69,10 +69,14 @@ class Foreign(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SpanCounts:
-    """Spans that wait now, and how many stopped waiting by outcome (``semconv.SPAN_OUTCOMES``)."""
+    """Spans that wait now, and how many stopped waiting by outcome (``semconv.SPAN_OUTCOMES``).
+
+    ``exported``: those that exporters of ours were handed, by ``semconv.SPAN_EXPORTS``; empty where there is no such exporter.
+    """
 
     deferred: int
     settled: Mapping[str, int]
+    exported: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def energy_attributes(energy: Energy, output_tokens: int | None, owner: bool = True) -> dict[str, AttributeValue]:
@@ -146,6 +150,7 @@ class Deferral:
         self._lock = threading.RLock()
         self._deferred = 0
         self._settled = _none()
+        self._exported: dict[str, int] = {}
 
     def register(self, span_id: int, entry: Entry) -> None:
         """The span with this id, which ends next, waits for ``entry``."""
@@ -215,10 +220,15 @@ class Deferral:
         with self._lock:
             self._settled[outcome] = self._settled.get(outcome, 0) + 1
 
+    def exported(self, spans: int, outcome: str) -> None:
+        """Count spans that an exporter of ours was handed."""
+        with self._lock:
+            self._exported[outcome] = self._exported.get(outcome, 0) + spans
+
     def counts(self) -> SpanCounts:
         """The counts now."""
         with self._lock:
-            return SpanCounts(self._deferred, dict(self._settled))
+            return SpanCounts(self._deferred, dict(self._settled), dict(self._exported))
 
     def forked(self) -> None:
         """In a child: nothing waits here, the parent counts and exports what did."""
@@ -228,6 +238,7 @@ class Deferral:
             self._foreign.forked()
         self._deferred = 0
         self._settled = _none()
+        self._exported = dict.fromkeys(self._exported, 0)
 
 
 def _nobody_asks(_: ReadableSpan) -> None: ...

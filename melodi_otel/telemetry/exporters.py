@@ -7,13 +7,13 @@ headers, certificates, compression and timeouts are read by the exporters themse
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
-from opentelemetry.sdk.trace import SpanProcessor
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from melodi_otel.forks import in_child
 from melodi_otel.telemetry import sdk
@@ -23,14 +23,48 @@ log = logging.getLogger("melodi_otel")
 Signal = Literal["TRACES", "METRICS"]
 
 
-def span_processors(environ: Mapping[str, str]) -> list[SpanProcessor]:
-    """One batching processor per exporter that ``environ`` asks for; empty where it asks for none."""
+class Counted(SpanExporter):
+    """An exporter that tells what became of the spans.
+
+    Args:
+        exporter: it is handed everything as it comes.
+        told: called with a number of spans and one of ``semconv.SPAN_EXPORTS``.
+    """
+
+    def __init__(self, exporter: SpanExporter, told: Callable[[int, str], None]) -> None:
+        self._exporter = exporter
+        self._told = told
+        told(0, "sent")
+        told(0, "failed")
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Export, and tell how it went; what the exporter raises goes on."""
+        outcome = "failed"
+        try:
+            result = self._exporter.export(spans)
+            if result is SpanExportResult.SUCCESS:
+                outcome = "sent"
+            return result
+        finally:
+            self._told(len(spans), outcome)
+
+    def shutdown(self) -> None:
+        """Shut the exporter down."""
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Flush the exporter."""
+        return self._exporter.force_flush(timeout_millis)
+
+
+def span_processors(environ: Mapping[str, str], told: Callable[[int, str], None]) -> list[SpanProcessor]:
+    """One batching processor per exporter that ``environ`` asks for; empty where it asks for none. ``told``: see Counted."""
     found: list[SpanProcessor] = []
     for name in _asked(environ, "TRACES"):
         try:
             exporter: Any = _otlp_spans(environ) if name == "otlp" else _named("opentelemetry_traces_exporter", name)
             if isinstance(exporter, SpanExporter):
-                found.append(BatchSpanProcessor(exporter))
+                found.append(BatchSpanProcessor(Counted(exporter, told)))
         except Exception as error:
             log.warning("OTEL_TRACES_EXPORTER: %s cannot be used: %s", name, error)
     return found

@@ -153,6 +153,10 @@ class Instruments:
             metrics.SPAN_SETTLED,
             lambda v: [(n, {names.SPAN_OUTCOME: outcome}) for outcome, n in v.spans().settled.items()],
         )
+        self._observe(
+            metrics.SPAN_EXPORTED,
+            lambda v: [(n, {names.SPAN_EXPORT: outcome}) for outcome, n in v.spans().exported.items()],
+        )
         self._observe(metrics.CARBON_INTENSITY, lambda v: _single(_intensity(v)))
         self._observe(metrics.CARBON_EMISSIONS, lambda v: _single(v.hardware().emissions))
         self._observe(metrics.PUE, lambda v: _single(v.configured().pue))

@@ -178,7 +178,7 @@ class TracerSeam:
         # Here, because a program whose provider is there already never needs an exporter of ours.
         from melodi_otel.telemetry import exporters
 
-        processors = exporters.span_processors(self._environ)
+        processors = exporters.span_processors(self._environ, self.deferral.exported)
         if not processors:
             log.info("spans are not sent: set OTEL_EXPORTER_OTLP_ENDPOINT (e.g. http://localhost:4317) to send them")
             return None

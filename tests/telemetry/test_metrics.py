@@ -335,3 +335,15 @@ def test_emissions_where_the_intensity_is_live(
     Instruments(provider.get_meter("t"), live)
     assert one(reader, "melodi.carbon.intensity")[0] == 120.0
     assert [point.value for point in points(reader, "melodi.carbon.emissions")] == ([3.5] if publisher else [])
+
+
+def test_exported_spans_are_counted_by_outcome(
+    views: Views, provider: MeterProvider, reader: InMemoryMetricReader
+) -> None:
+    """Both outcomes of an exporter of ours; nothing where there is none."""
+    counts = [SpanCounts(0, {}, {"sent": 5, "failed": 0})]
+    Instruments(provider.get_meter("t"), replace(views, spans=lambda: counts[0]))
+    found = points(reader, "melodi.span.exported")
+    assert {point.attributes["melodi.span.export.outcome"]: point.value for point in found} == {"sent": 5, "failed": 0}
+    counts[0] = SpanCounts(0, {})
+    assert points(reader, "melodi.span.exported") == []
