@@ -53,7 +53,7 @@ def files(settings: Settings) -> dict[str, str]:
     Raises:
         MissingDependency: PyYAML or Grafana's foundation SDK is not installed; the message has the pip line.
     """
-    boards = {name: panels.build(made) for name, made in dashboards().items()}
+    boards = {name: panels.build(made) for name, made in dashboards(settings).items()}
     rules, tickets = document({"groups": recording.groups(settings)}), document({"groups": alerts.groups(settings)})
     return {
         RULES: rules,

@@ -120,7 +120,7 @@ def overview() -> Dashboard:
     )
 
 
-def models() -> Dashboard:
+def models(slo_over_budget: float) -> Dashboard:
     """What requests and tokens of each model cost, and whether that is within its budget."""
     legend = f"{{{{{q.MODEL}}}}}"
     budget = f"max {q.by(q.MODEL)} ({q.BUDGET}{{{HOST}}})"
@@ -181,15 +181,15 @@ def models() -> Dashboard:
             [Query(over, legend)],
             "percentunit",
             12,
-            thresholds=[(0.05, "orange")],
+            thresholds=[(slo_over_budget, "orange")],
             metric=q.OVER_BUDGET,
             nothing="no budget is set",
         ),
         Panel(
             "timeseries",
             "Burn rate, last hour",
-            "Times the share that may be over budget (5 %): above 1 the allowance does not last.",
-            [Query(f"{over} / 0.05", legend)],
+            f"Times the share that may be over budget ({slo_over_budget:.3g}): above 1 the allowance does not last.",
+            [Query(f"{over} / {slo_over_budget:.12g}", legend)],
             "none",
             12,
             thresholds=[(1.0, "yellow"), (14.4, "orange")],

@@ -143,6 +143,8 @@ def build(dashboard: Dashboard) -> str:
     )
     for variable in dashboard.variables:
         made.with_variable(_variable(variable, source))
+    # Every label that a site has configured, and every one of ours that has no drop-down: Grafana puts it into each query.
+    made.with_variable(builders.AdHocVariable("filters").label("Filters").datasource(source))
     identity = 0
     for heading, panels in dashboard.rows:
         if heading:

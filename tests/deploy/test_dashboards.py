@@ -12,12 +12,12 @@ import yaml
 
 from melodi_otel.deploy import files
 from melodi_otel.deploy.dashboards import dashboards
-from melodi_otel.deploy.settings import Settings
+from melodi_otel.deploy.settings import Settings, chosen
 from melodi_otel.semconv import SPAN_ATTRIBUTES
 from melodi_otel.semconv_metrics import METRICS, label_name, prometheus_name
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-NAMES = sorted(dashboards())
+NAMES = sorted(dashboards(Settings()))
 UNITS = {
     "watt",
     "kwatth",
@@ -105,6 +105,25 @@ def test_drop_downs_follow_the_time(name: str) -> None:
         if variable["type"] == "query":
             assert variable["refresh"] == 2
             assert variable["allValue"] == ".*"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_label_can_be_filtered_by(name: str) -> None:
+    """Scope, quality and a site's own labels have no drop-down: Grafana's ad-hoc filters reach them."""
+    (filters,) = [one for one in content(name)["templating"]["list"] if one["type"] == "adhoc"]
+    assert filters["datasource"]["uid"] == "${datasource}"
+
+
+def test_the_share_that_may_be_over_budget_is_the_settings() -> None:
+    """A burn rate of 1 is what was chosen, in the panels as in the alerts."""
+    made = files.files(chosen(["slo_over_budget=0.2"]))
+    (panel,) = [
+        one
+        for one in json.loads(made[f"{files.DASHBOARDS}/models.json"])["panels"]
+        if one["title"].startswith("Burn rate")
+    ]
+    assert panel["targets"][0]["expr"].endswith("/ 0.2")
+    assert "0.05" not in made[f"{files.DASHBOARDS}/models.json"]
 
 
 def test_dashboards_lead_to_each_other_and_show_alerts() -> None:
