@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 import pytest
@@ -14,6 +12,7 @@ from typer.testing import CliRunner
 from melodi_otel.cli.app import app
 from melodi_otel.deploy.budgets import Proposal, proposals, variable
 from melodi_otel.errors import DeployError
+from melodi_otel.testing.http import PostServer
 
 ANSWERS = {
     "quantile_over_time(0.5": {"small": "81", "big": "300.4"},
@@ -23,33 +22,22 @@ ANSWERS = {
 
 
 @pytest.fixture
-def prometheus() -> Iterator[tuple[str, list[str]]]:
-    """Its address, and what it was asked."""
-    asked: list[str] = []
+def prometheus() -> Iterator[PostServer]:
+    """It answers by the beginning of what it is asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            (query,) = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["query"]
-            asked.append(query)
-            values = next(values for start, values in ANSWERS.items() if query.startswith(start))
-            result = [
-                {"metric": {"gen_ai_request_model": model}, "value": [0, value]} for model, value in values.items()
-            ]
-            body = json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(body: bytes) -> tuple[int, bytes]:
+        query = asked(body)
+        values = next(values for start, values in ANSWERS.items() if query.startswith(start))
+        result = [{"metric": {"gen_ai_request_model": model}, "value": [0, value]} for model, value in values.items()]
+        return 200, json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}}).encode()
 
-        def log_message(self, *_: object) -> None:
-            pass
+    with PostServer(answer) as server:
+        yield server
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+
+def asked(body: bytes) -> str:
+    """The query of a POST."""
+    return parse_qs(body.decode())["query"][0]
 
 
 @pytest.mark.parametrize(
@@ -59,17 +47,16 @@ def test_a_budget_has_a_margin_and_two_digits(dear: float, budget: float) -> Non
     assert Proposal("m", dear, dear, 1).budget == budget
 
 
-def test_one_per_model(prometheus: tuple[str, list[str]]) -> None:
-    url, asked = prometheus
-    made = proposals(url)
+def test_one_per_model(prometheus: PostServer) -> None:
+    made = proposals(prometheus.url)
     assert made == [Proposal("big", 300.4, 402.0, 168), Proposal("small", 81.0, 90.5, 5)]
     assert variable(made) == "MELODI_ENERGY_BUDGET=big=450,small=100"
-    assert all(query.endswith("[7d:1h])") for query in asked)
+    assert all(query.endswith("[7d:1h])") for query in map(asked, prometheus.bodies))
 
 
-def test_the_command_prints_them_and_writes_them(prometheus: tuple[str, list[str]], tmp_path) -> None:
+def test_the_command_prints_them_and_writes_them(prometheus: PostServer, tmp_path) -> None:
     """Alone it only prints; a model of few hours is named."""
-    url, _ = prometheus
+    url = prometheus.url
     done = CliRunner().invoke(app, ["deploy", "--budgets-from", url])
     assert done.exit_code == 0, done.output
     assert "MELODI_ENERGY_BUDGET=big=450,small=100" in done.output
@@ -85,8 +72,8 @@ def test_who_cannot_be_asked_is_named(url: str) -> None:
         proposals(url)
 
 
-def test_nothing_seen_is_no_budget(prometheus: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_seen_is_no_budget(prometheus: PostServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for start in ANSWERS:
         monkeypatch.setitem(ANSWERS, start, {})
     with pytest.raises(DeployError, match="knows no request"):
-        proposals(prometheus[0])
+        proposals(prometheus.url)

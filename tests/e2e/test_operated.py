@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -14,13 +13,13 @@ import time
 import venv
 import zipfile
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from melodi_otel.testing.http import PostServer
 from melodi_otel.testing.telemetry import OtlpReceiver, plain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -270,39 +269,6 @@ def listens(port: int) -> None:
             return
 
 
-class Unwell(ThreadingHTTPServer):
-    """A receiver that answers 503, or not at all."""
-
-    daemon_threads = True
-
-    def __init__(self, silent: bool) -> None:
-        self.asked = 0
-        self.well = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                outer.asked += 1
-                if silent:
-                    outer.well.wait(30.0)
-                with contextlib.suppress(OSError):  # whoever asked has given up
-                    self.send_error(503)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.well.set()
-        self.shutdown()
-        self.server_close()
-        self.thread.join(5.0)
-
-
 @pytest.mark.parametrize("how", ["down", "silent", "failing"])
 def test_a_receiver_that_is_unwell_stops_nobody(
     need: Callable[..., None],
@@ -312,18 +278,23 @@ def test_a_receiver_that_is_unwell_stops_nobody(
 ) -> None:
     """The program gets its answers and its joules, and ends in bounded time; what was not sent is said in its log."""
     need("torch")
-    unwell = None if how == "down" else Unwell(how == "silent")
-    port = free_port() if unwell is None else unwell.server_address[1]
-    env = environment(
-        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
-        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
-        OTEL_EXPORTER_OTLP_TIMEOUT="2",
-        OTEL_BSP_SCHEDULE_DELAY="100",
-    )
-    done = subprocess.run(PROGRAM, env=env, capture_output=True, text=True, timeout=90, check=False)
-    if unwell is not None:
-        unwell.close()
-        assert unwell.asked > 0
+    over = threading.Event()
+
+    def answer(_: bytes) -> tuple[int, bytes]:
+        if how == "silent":
+            over.wait(30.0)
+        return 503, b""
+
+    with PostServer(answer) as receiver:
+        env = environment(
+            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url if how != "down" else f"http://127.0.0.1:{free_port()}",
+            OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+            OTEL_EXPORTER_OTLP_TIMEOUT="2",
+            OTEL_BSP_SCHEDULE_DELAY="100",
+        )
+        done = subprocess.run(PROGRAM, env=env, capture_output=True, text=True, timeout=90, check=False)
+        over.set()
+    assert bool(receiver.bodies) == (how != "down")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == ["measured True True", "recent 5"]  # four requests and the block
     assert "export" in done.stderr.lower()

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from melodi_otel.telemetry.exporters import Counted, span_processors
+from melodi_otel.testing.http import PostServer
 from melodi_otel.testing.telemetry import OtlpReceiver
-
-
-@pytest.fixture
-def refusing() -> Iterator[str]:
-    """A receiver that refuses everything for good."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_error(400)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def send(endpoint: str, number: int) -> Counter[str]:
@@ -56,8 +33,9 @@ def test_a_receiver_takes_them() -> None:
         assert len(receiver.spans(3)) == 3
 
 
-def test_a_receiver_refuses_them(refusing: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert send(refusing, 3) == {"sent": 0, "failed": 3}
+def test_a_receiver_refuses_them(caplog: pytest.LogCaptureFixture) -> None:
+    with PostServer(lambda _: (400, b"")) as receiver:
+        assert send(receiver.url, 3) == {"sent": 0, "failed": 3}
 
 
 def test_an_exporter_that_raises_is_told_of_and_raises() -> None:
