@@ -1,4 +1,4 @@
-"""``melodi-otel deploy``: scrape configuration, recording rules and alerts, as files."""
+"""``melodi-otel deploy``: everything by which it is operated, as files; and budgets out of what was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def deploy(
         False, "--list", help="Show the settings, their defaults and what they mean; write nothing."
     ),
 ) -> None:
-    """Write what an operator imports: dashboards, Prometheus' rules, alerts and scrape configuration, an Alertmanager's.
+    """Write what an operator imports: dashboards, rules, alerts, scrape and collector configuration, a Helm chart, a compose file.
 
     Exit codes: 0 done, 1 the files could not be written, 2 wrong usage or a setting that cannot be used.
     """
