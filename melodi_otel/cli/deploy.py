@@ -28,7 +28,7 @@ def deploy(
         False, "--list", help="Show the settings, their defaults and what they mean; write nothing."
     ),
 ) -> None:
-    """Write what an operator imports: dashboards, rules, alerts, scrape and collector configuration, a Helm chart, a compose file.
+    """Write what an operator imports: dashboards, rules, alerts, configurations, a Helm chart, a compose file.
 
     Exit codes: 0 done, 1 the files could not be written, 2 wrong usage or a setting that cannot be used.
     """
