@@ -11,7 +11,9 @@
      │   └─ Gone             the device or its driver left: stop asking
      ├─ HubError             a hub's socket or privileges: reason + the fix
      │   └─ HubBusy          another process is the hub there
-     └─ TraceError           a trace file cannot be used: file, line, what was expected
+     ├─ TraceError           a trace file cannot be used: file, line, what was expected
+     ├─ DeployError          files of a deployment could not be written, or a Prometheus could not be asked
+     └─ DataSetError         a file of a data set cannot be used: file, line, column
 
 None of these reaches the instrumented application from a telemetry path: they are raised at start-up, on the command
 line and inside our own threads, where they become a log line, a named refusal or a reason on a span.
@@ -33,7 +35,11 @@ class MissingDependency(MelodiError, ImportError):
 
 
 class DeployError(MelodiError):
-    """Files of a deployment could not be written."""
+    """Files of a deployment could not be written, or a Prometheus could not be asked for budgets."""
+
+
+class DataSetError(MelodiError):
+    """A file of a data set cannot be used; the message names file, line and column."""
 
 
 class SourceError(MelodiError):
