@@ -39,6 +39,7 @@ check:
 test-all: test test-slow test-second bench bench-vllm
 
 test-slow:
+	@scripts/system-programs chromium
 	@scripts/venv test torch
 	@.venv/test/bin/python -m pytest -m "slow and not gpu"; status=$$?; [ $$status = 0 ] || [ $$status = 5 ]
 

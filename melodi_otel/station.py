@@ -134,8 +134,9 @@ class Station:
 
     def _joules(self) -> float:
         # What `hw.energy` shows: the host's own figure (psys) holds the others.
-        books = self.snapshot().books
-        return math.fsum(book.measured for name, book in books.items() if self._found[name].type != "host")
+        books, found = self.snapshot().books, self._found
+        mine = [book for name, book in books.items() if name in found and found[name].type != "host"]
+        return math.fsum(book.measured for book in mine)
 
     def span_wait_s(self) -> float:
         """The longest time that a span waits for its joules, in seconds."""

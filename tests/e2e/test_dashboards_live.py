@@ -72,7 +72,7 @@ def live(
     running: list[subprocess.Popen[bytes]] = []
     with (place / "log").open("wb") as log:
         for number, port in enumerate(ports):
-            command = [sys.executable, ROOT / "examples/simulated_fleet.py", "--port", port, "--seconds", 200]
+            command = [sys.executable, ROOT / "examples/simulated_fleet.py", "--port", port, "--seconds", 600]
             # Two fleets of one host each, so that each has its own port; the second one's host has another number.
             command += ["--budget", "llama-3.1-8b=100,*=5000", "--first", number]
             running.append(subprocess.Popen(list(map(str, command)), stdout=log, stderr=log))
@@ -133,6 +133,40 @@ def test_every_panel_shows_something(ask: Ask, dashboard: Path) -> None:
             if not [one for one in ask(expression) if one["value"][1] != "NaN"]:
                 empty.append(f"{panel['title']}: {expression}")
     assert empty == []
+
+
+@pytest.fixture(scope="module")
+def shot(system_program: Callable[[str], str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``shot(dashboard, url, picture, *options)``: draw it with Grafana's own panels; exit code 1: something is wrong."""
+    for name in ("npm", "chromium"):
+        system_program(name)
+    tool = ROOT / "tools/dashview"
+    subprocess.run([tool / "setup"], check=True, timeout=220)
+
+    def draw(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [tool / "shot", *map(str, words)], capture_output=True, text=True, timeout=90, check=False
+        )
+
+    return draw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--light",), ("--width", "700")], ids=["dark", "light", "narrow"])
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_it_is_drawn(
+    live: str,
+    ask: Ask,
+    shot: Callable[..., subprocess.CompletedProcess[str]],
+    dashboard: Path,
+    options: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    """By Grafana's own code, with nothing to complain of: no error, no empty panel, no unknown variable."""
+    picture = tmp_path / "picture.png"
+    done = shot(dashboard, live, picture, "--minutes", 1, "--scrape", 1, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert picture.stat().st_size > 10_000
 
 
 def test_budgets_are_proposed_from_what_was(live: str) -> None:
