@@ -81,7 +81,9 @@ class LiveCarbon:
     def intensity(self) -> float | None:
         """gCO2e per kWh; None: not known, or older than an hour."""
         with self._lock:
-            return self._fresh()
+            if self._old:
+                self._book()
+            return self._intensity
 
     @property
     def grams(self) -> float | None:
@@ -126,10 +128,9 @@ class LiveCarbon:
             self.ask()
             end.wait(EVERY_S)
 
-    def _fresh(self) -> float | None:
-        if self._intensity is not None and self._clock.monotonic_ns() - self._known_ns > STALE_S * 1e9:
-            self._book()
-        return self._intensity
+    @property
+    def _old(self) -> bool:
+        return self._clock.monotonic_ns() - self._known_ns > STALE_S * 1e9
 
     def _book(self) -> None:
         if self._grams is None:
@@ -137,7 +138,7 @@ class LiveCarbon:
         joules = self._joules()
         if self._intensity is not None:
             self._grams += max(0.0, joules - self._mark) / _J_PER_KWH * self._intensity
-            if self._clock.monotonic_ns() - self._known_ns > STALE_S * 1e9:
+            if self._old:
                 log.warning("carbon intensity is older than an hour: joules from now on are not in the emissions")
                 self._intensity = None
         self._mark = max(self._mark, joules)

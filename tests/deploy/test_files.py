@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +16,9 @@ from melodi_otel.deploy import alerts, files, recording
 from melodi_otel.deploy.settings import Settings, chosen
 from melodi_otel.errors import ConfigError
 from melodi_otel.semconv_metrics import METRICS, prometheus_name
+from tests.deploy.programs import DEPLOY, program
 
 ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-
-
-def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run promtool or amtool; where it is missing CI fails and others skip."""
-    if shutil.which(name) is None:
-        reason = f"{name} is not installed; on Debian: apt-get install prometheus prometheus-alertmanager"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    return subprocess.run(
-        [name, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False, cwd=DEPLOY
-    )
 
 
 def expressions() -> list[str]:

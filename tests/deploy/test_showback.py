@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import yaml
 from melodi_otel.deploy import promql as q
 from melodi_otel.deploy.books_dashboards import _fully_loaded
 from melodi_otel.deploy.queries import MODEL, increase, unattributed
+from tests.deploy.programs import program
 
 TARGET = 'instance="a:9464",job="melodi_otel",cluster="lab",host_id="h"'
 PICKED = {"$cluster": ".*", "$job": ".*", "$host": ".*", "$model": ".*", "$__range": "10m"}
@@ -42,9 +40,6 @@ def idle(holder: str, joules: int) -> dict[str, str]:
 )
 def test_idle_goes_to_those_who_used_its_holder(by: str, loaded: dict[str, int], tmp_path: Path) -> None:
     """And all of it together is what was measured: 160 J a minute."""
-    if shutil.which("promtool") is None:
-        reason = "promtool is not installed; on Debian: apt-get install prometheus"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     expression = _fully_loaded(q.sum_of(increase(q.ATTRIBUTED, MODEL), "$by"), unattributed(increase))
     for name, value in (PICKED | {"$by": by}).items():
         expression = expression.replace(name, value)
@@ -55,7 +50,5 @@ def test_idle_goes_to_those_who_used_its_holder(by: str, loaded: dict[str, int],
     case = {"expr": f"round({expression}, 1e-6)", "eval_time": "20m", "exp_samples": expected}
     path = tmp_path / "test.yml"
     path.write_text(yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": [case]}]}))
-    done = subprocess.run(
-        ["promtool", "test", "rules", str(path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = program("promtool", "test", "rules", path)
     assert done.returncode == 0, done.stdout + done.stderr
