@@ -44,13 +44,23 @@ def need() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def peers_python() -> str:
+def interpreter() -> Callable[..., Path]:
+    """``interpreter("peers")``: that of the environment ``.venv/peers``; ``MELODI_PEERS_PYTHON`` names another one."""
+
+    def find(name: str, more: str = "") -> Path:
+        python = Path(os.environ.get(f"MELODI_{name.upper()}_PYTHON") or CHECKOUT / f".venv/{name}/bin/python")
+        if not python.exists():
+            reason = f"{python} is not there: `scripts/venv {name}{more}` makes it"
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        return python
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def peers_python(interpreter: Callable[..., Path]) -> str:
     """The interpreter of the environment with the instrumentations of others; PYTHONPATH is handed on to what it runs."""
-    python = Path(os.environ.get("MELODI_PEERS_PYTHON") or CHECKOUT / ".venv/peers/bin/python")
-    if not python.exists():
-        reason = f"{python} is not there: `scripts/venv peers torch` makes it"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    return str(python)
+    return str(interpreter("peers", " torch"))
 
 
 @pytest.fixture

@@ -18,13 +18,9 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> Path:
+def vllm_python(interpreter: Callable[..., Path]) -> Path:
     """The interpreter of vLLM's environment; ``MELODI_VLLM_PYTHON`` names another one."""
-    python = Path(os.environ.get("MELODI_VLLM_PYTHON") or CHECKOUT / ".venv/vllm/bin/python")
-    if not python.exists():
-        reason = f"{python} is not there: `scripts/venv vllm torch` makes it"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    return python
+    return interpreter("vllm", " torch")
 
 
 @pytest.fixture(scope="session")
